@@ -1,0 +1,1 @@
+"""The thin commands: parse, call, print. No decision is made here."""

@@ -1,0 +1,134 @@
+"""Start number, monotonic and wall clock, and how far the wall clock is believed. Never orders by wall.
+
+`TimeKeeper` is a core: it is shown the raw clocks and answers with `Now`. `SystemClock` is the thin shell
+that reads them. `next_start` raises the number that makes record ids unique for ever.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tbox.durable import Storage, TwoCopies
+from tbox.errors import TboxError
+from tbox.model import NS_PER_S, Now, TimeQuality
+
+# No wall clock before this can be right: the code did not exist. Catches 1970 and 2000 (FACTS, Time).
+WALL_FLOOR_NS = int(dt.datetime(2025, 1, 1, tzinfo=dt.UTC).timestamp()) * NS_PER_S
+# Nor one this far ahead: a battery-backed clock with flipped bits says 2100 (PITFALLS, Link and time).
+WALL_CEILING_NS = int(dt.datetime(2080, 1, 1, tzinfo=dt.UTC).timestamp()) * NS_PER_S
+# Wall and monotonic time may drift apart by slewing; more than this between two looks is a jump.
+WALL_JUMP_NS_MIN = NS_PER_S // 2
+
+# A start number that was lost jumps this far above any that was seen, past starts that left no trace.
+START_JUMP = 1 << 16
+START_MAX = (1 << 31) - 1  # ids stay within SQLite's signed 64 bit
+
+
+class StartNumberError(TboxError):
+    """The start number could not be raised, so no record could get a unique id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offset:
+    """The wall clock was set or jumped: samples of this start can be re-dated with it.
+
+    step_ns = wall_ns − (what the wall clock was expected to say, or the monotonic time if it was unset).
+    """
+
+    mono_ns: int
+    wall_ns: int
+    step_ns: int
+    quality: TimeQuality
+    first: bool
+
+
+class TimeKeeper:
+    """Judges the wall clock against the monotonic one. A core: time comes in, nothing is read."""
+
+    def __init__(self) -> None:
+        self._offset_ns: int | None = None  # wall − mono, as last believed
+        self._quality = TimeQuality.UNSET
+
+    def look(self, mono_ns: int, wall_ns: int, quality: TimeQuality) -> tuple[Now, Offset | None]:
+        """Return this instant, and an Offset when the wall clock was first set, jumped or gained quality.
+
+        An implausible wall clock is not believed: the instant then carries the last believed offset, or None.
+        """
+        if quality == TimeQuality.UNSET or not WALL_FLOOR_NS <= wall_ns < WALL_CEILING_NS:
+            if self._offset_ns is None:
+                return Now(mono_ns), None
+            return Now(mono_ns, mono_ns + self._offset_ns, self._quality), None
+        now = Now(mono_ns, wall_ns, quality)
+        offset = wall_ns - mono_ns
+        first = self._offset_ns is None
+        step = offset - (self._offset_ns or 0)
+        changed = first or abs(step) >= WALL_JUMP_NS_MIN or quality > self._quality
+        self._offset_ns, self._quality = offset, quality
+        return now, Offset(mono_ns, wall_ns, step, quality, first) if changed else None
+
+
+class SystemClock:
+    """The machine's own clocks. Quality is RTC until somebody who knows says better (`set_quality`)."""
+
+    def __init__(self, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._monotonic_ns = monotonic_ns
+        self._keeper = TimeKeeper()
+        self._quality = TimeQuality.RTC
+
+    def set_quality(self, quality: TimeQuality) -> None:
+        self._quality = quality
+
+    def mono_ns(self) -> int:
+        return self._monotonic_ns()
+
+    def now(self) -> Now:
+        return self.look()[0]
+
+    def look(self) -> tuple[Now, Offset | None]:
+        """Return this instant and, when the wall clock was set or jumped since the last look, by how much."""
+        return self._keeper.look(self._monotonic_ns(), time.time_ns(), self._quality)
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A point in monotonic time, instead of scattered time-outs."""
+
+    at_ns: int
+
+    @classmethod
+    def after(cls, mono_ns: int, delay_s: float) -> Deadline:
+        return cls(mono_ns + int(delay_s * NS_PER_S))
+
+    def passed(self, mono_ns: int) -> bool:
+        return mono_ns >= self.at_ns
+
+    def left_s(self, mono_ns: int) -> float:
+        return max(0.0, (self.at_ns - mono_ns) / NS_PER_S)
+
+
+def next_start(storage: Storage, directory: str, *, seen: int) -> int:
+    """Raise the start number and return it, durable in two copies `start.0`, `start.1` before this returns.
+
+    seen: the highest start number found elsewhere (the spool), 0 for none. When both copies are gone or
+    damaged though something ran here before, the number jumps above any that was seen.
+    Raises StartNumberError when the medium refuses.
+    """
+    copies = TwoCopies(storage, directory, "start")
+    try:
+        newest = copies.read()
+        last = int.from_bytes(newest[1], "big") if newest else 0
+        lost = seen > last or (newest is None and copies.damaged())
+        start = max(last, seen) + (START_JUMP if lost else 1)
+        if start > START_MAX:
+            raise StartNumberError(f"start number {start} is out of range", where=f"{directory}/start.0")
+        copies.write(start.to_bytes(8, "big"))
+    except OSError as error:
+        raise StartNumberError(
+            f"cannot raise the start number: {error.strerror or error}",
+            where=directory,
+            mend="make the directory writable and leave it a few KiB of room",
+        ) from error
+    return start
