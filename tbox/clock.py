@@ -71,12 +71,17 @@ class TimeKeeper:
 
 
 class SystemClock:
-    """The machine's own clocks. Quality is RTC until somebody who knows says better (`set_quality`)."""
+    """The machine's own clocks. Quality is RTC until somebody who knows says better (`set_quality`).
+
+    One thread looks at the wall clock now and then; `now()`, from any thread, adds the offset last believed
+    to the monotonic clock, so that a jump shows in every thread at once and only after it was told.
+    """
 
     def __init__(self, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._monotonic_ns = monotonic_ns
         self._keeper = TimeKeeper()
         self._quality = TimeQuality.RTC
+        self._last = Now(0)
 
     def set_quality(self, quality: TimeQuality) -> None:
         self._quality = quality
@@ -85,11 +90,15 @@ class SystemClock:
         return self._monotonic_ns()
 
     def now(self) -> Now:
-        return self.look()[0]
+        last, mono_ns = self._last, self._monotonic_ns()
+        if last.wall_ns is None:
+            return Now(mono_ns)
+        return Now(mono_ns, last.wall_ns + mono_ns - last.mono_ns, last.quality)
 
     def look(self) -> tuple[Now, Offset | None]:
         """Return this instant and, when the wall clock was set or jumped since the last look, by how much."""
-        return self._keeper.look(self._monotonic_ns(), time.time_ns(), self._quality)
+        self._last, offset = self._keeper.look(self._monotonic_ns(), time.time_ns(), self._quality)
+        return self._last, offset
 
 
 @dataclass(frozen=True, slots=True)
