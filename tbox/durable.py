@@ -50,6 +50,22 @@ class Storage(Protocol):
     def listdir(self, path: str) -> list[str]: ...
 
 
+class RangedStorage(Storage, Protocol):
+    """A storage for what is too big to be read whole: images, patches, block devices."""
+
+    def size(self, path: str) -> int:
+        """Bytes of a file, or the capacity of a block device."""
+        ...
+
+    def read_at(self, path: str, offset: int, length: int) -> bytes:
+        """Read up to `length` bytes at an offset; fewer only at the end."""
+        ...
+
+    def read_medium(self, path: str, offset: int, length: int) -> bytes:
+        """As `read_at`, but from the medium itself and not from the page cache, where the system can."""
+        ...
+
+
 class OsStorage:
     """The real file system."""
 
@@ -94,6 +110,38 @@ class OsStorage:
 
     def listdir(self, path: str) -> list[str]:
         return sorted(entry.name for entry in Path(path).iterdir())
+
+    def size(self, path: str) -> int:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.lseek(fd, 0, os.SEEK_END)  # st_size is 0 for a block device
+        finally:
+            os.close(fd)
+
+    def read_at(self, path: str, offset: int, length: int) -> bytes:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _pread_full(fd, offset, length)
+        finally:
+            os.close(fd)
+
+    def read_medium(self, path: str, offset: int, length: int) -> bytes:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Synced pages are dropped, so the read goes to the medium. O_DIRECT would say the same with
+            # alignment rules of its own, and memory file systems refuse it.
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+            return _pread_full(fd, offset, length)
+        finally:
+            os.close(fd)
+
+
+def _pread_full(fd: int, offset: int, length: int) -> bytes:
+    parts = []
+    while length > 0 and (part := os.pread(fd, length, offset)):
+        parts.append(part)
+        offset, length = offset + len(part), length - len(part)
+    return b"".join(parts)
 
 
 def frame(sequence: int, payload: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The nouns of updates: what signed metadata says about an image. Values only; nothing here checks a signature.
+"""The nouns of updates: what signed metadata says about an image. Values only; it checks no signature.
 
 Trust makes them from verified metadata with `msgspec.convert` (which holds the bounds); the engine, the
 policy, the installer and the boot loader believe them and nothing else.
@@ -122,5 +122,5 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     orders: tuple[RollbackOrder, ...] = ()
 
 
-# Verifies a stored manifest (threshold kept, expiry ignored); raises tbox.errors.Refused when it does not hold.
+# Verifies a stored manifest, threshold kept and expiry ignored; raises tbox.errors.Refused when it fails.
 VerifyManifest = Callable[[bytes], VerifiedTarget]
