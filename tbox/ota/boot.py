@@ -243,6 +243,12 @@ def fail(control: BootControl, name: SlotName, reason: str) -> BootControl:
     return _moved(control, name, SlotEvent.FAIL, after)
 
 
+def holds(control: BootControl, name: SlotName, target: VerifiedTarget) -> bool:
+    """Whether this slot was sealed with this image before, so that it need not be installed again."""
+    entry = control.slot(name)
+    return entry.state is SlotState.SEALED and entry.sha256 == target.sha256
+
+
 # --- the boot loader's choice --------------------------------------------------------------------------
 
 

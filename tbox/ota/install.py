@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tbox.errors import Refused
 from tbox.ota import boot
-from tbox.ota.boot import BootControl, SlotName, SlotState
+from tbox.ota.boot import BootControl, SlotName
 from tbox.ota.bootctl import BootCtl
 from tbox.ota.model import VerifiedTarget
 from tbox.ota.slots import Slots
@@ -112,9 +112,3 @@ def install(job: Job, steps: Sequence[Step] = STEPS) -> BootControl:
     for step in steps:
         step(job)
     return job.ctl.read()
-
-
-def holds(control: BootControl, name: SlotName, target: VerifiedTarget) -> bool:
-    """Whether this slot was sealed with this image before, so that it need not be installed again."""
-    entry = control.slot(name)
-    return entry.state is SlotState.SEALED and entry.sha256 == target.sha256

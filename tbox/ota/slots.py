@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Protocol
 
 from tbox.durable import RangedStorage
@@ -210,7 +209,3 @@ class RpiTrybootBackend:
         self._storage.fsync(fresh)
         self._storage.rename(fresh, path)
         self._storage.fsync_dir(self._directory)
-
-
-def is_block_device(path: str) -> bool:
-    return Path(path).is_block_device()
