@@ -106,7 +106,7 @@ def _cells(module: int) -> Msg:
     total = Sig("ModuleVoltage", 400, 16, 0.002, hi=130, unit="V", sna=0xFFFF)
     return Msg(
         f"BMS_Cells_M{module}", 0x110 + module, 64, 100, _SENDER_BMS, (*_head(), *cells, total),
-        f"Module {module}: cells {first} to {first + CELLS_PER_MODULE - 1}, counted from 0 at the negative end.",
+        f"Module {module}: cells {first} to {first + CELLS_PER_MODULE - 1}, from 0 at the negative end.",
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def _temps(half: int) -> Msg:
     )
     return Msg(
         f"BMS_Temps_{half}", 0x120 + half, 64, 200, _SENDER_BMS, (*_head(), *probes),
-        f"Probes {first} to {first + PROBES_PER_FRAME - 1}; probe j sits in module j div {PROBES_PER_MODULE}.",
+        f"Probes {first} to {first + PROBES_PER_FRAME - 1}; probe j: module j div {PROBES_PER_MODULE}.",
     )  # fmt: skip
 
 
@@ -146,15 +146,15 @@ BMS_STATUS = Msg(
         Sig("ContactorCommand", 19, 2, hi=1, sna=3, choices={0: "Open", 1: "Close"}),
         Sig("Hvil", 21, 2, hi=1, sna=3, choices={0: "Interrupted", 1: "Closed"}),
         Sig("IsolationAck", 24, 2, hi=1, sna=3, choices={0: "None", 1: "Taken"}),
-        Sig("BmsState", 26, 3, hi=5, sna=7,
-            choices={0: "Sleep", 1: "Precharge", 2: "Operate", 3: "Derate", 4: "Isolated", 5: "Rejoin"}),
+        Sig("BmsState", 26, 3, hi=4, sna=7,
+            choices={0: "Sleep", 1: "Precharge", 2: "Operate", 3: "Derate", 4: "Isolated"}),
         Sig("IsolationResistance", 32, 16, hi=50000, unit="kOhm", sna=0xFFFF),
         Sig("IsolationAckIndex", 48, 16, hi=65535),
         Sig("CoolantTemperature", 64, 16, 0.1, lo=-40, hi=120, unit="degC", signed=True, sna=0x7FFF),
         Sig("IsolationRequestsRefused", 80, 8, hi=255),
     ),
-    "Contactors, interlock, isolation, and the answer to TBOX_IsolationRequest: IsolationAck is Taken from the "
-    "first accepted request until it is withdrawn, IsolationAckIndex repeats that request's index.",
+    "Contactors, interlock, isolation, and the answer to TBOX_IsolationRequest: IsolationAck is Taken from "
+    "the first accepted request until it is withdrawn, IsolationAckIndex repeats that request's index.",
 )  # fmt: skip
 
 BMS_EXTREMES = Msg(
@@ -181,8 +181,8 @@ ISOLATION_REQUEST = Msg(
         Sig("IsolationReason", 24, 8, hi=255),
         Sig("IsolationIndex", 32, 16, hi=65535),
     ),
-    "The T-Box asks the BMS to open the contactors. The BMS checks CRC and counter and decides by its own rule. "
-    "Sent only while a request stands or is being withdrawn. A classic frame.",
+    "The T-Box asks the BMS to open the contactors. The BMS checks CRC and counter and decides by its own "
+    "rule. Sent only while a request stands or is being withdrawn. A classic frame.",
 )  # fmt: skip
 
 BMS_CELLS = tuple(_cells(module) for module in range(MODULES))
@@ -219,7 +219,7 @@ BMS_CELLS_MUX = Msg(
 # --- the vehicle, Motorola byte order -----------------------------------------------------------------
 
 VEH_MOTION = Msg(
-    "VEH_Motion", 0x200, 8, 50, _SENDER_VEHICLE,
+    "VEH_Motion", 0x240, 8, 50, _SENDER_VEHICLE,
     (
         *_head(motorola=True),
         Sig("Gear", 14, 3, hi=3, sna=7, choices={0: "P", 1: "R", 2: "N", 3: "D"}),
@@ -232,7 +232,7 @@ VEH_MOTION = Msg(
 )  # fmt: skip
 
 VEH_POWER = Msg(
-    "VEH_Power", 0x210, 8, 200, _SENDER_VEHICLE,
+    "VEH_Power", 0x250, 8, 200, _SENDER_VEHICLE,
     (
         *_head(motorola=True),
         Sig("Ignition", 14, 3, hi=3, sna=7, choices={0: "Off", 1: "Accessory", 2: "On", 3: "Start"}),
@@ -244,7 +244,7 @@ VEH_POWER = Msg(
 )  # fmt: skip
 
 VEH_CHARGING = Msg(
-    "VEH_Charging", 0x220, 8, 500, _SENDER_VEHICLE,
+    "VEH_Charging", 0x260, 8, 500, _SENDER_VEHICLE,
     (
         *_head(motorola=True),
         Sig("ChargingState", 14, 3, hi=3, sna=7, choices={0: "Unplugged", 1: "Idle", 2: "AC", 3: "DC"}),
@@ -255,7 +255,7 @@ VEH_CHARGING = Msg(
 )  # fmt: skip
 
 VEH_ODOMETER = Msg(
-    "VEH_Odometer", 0x230, 8, 1000, _SENDER_VEHICLE,
+    "VEH_Odometer", 0x270, 8, 1000, _SENDER_VEHICLE,
     (
         *_head(motorola=True),
         Sig("Odometer", 23, 32, 0.01, hi=10_000_000, unit="km", sna=0xFFFF_FFFF),
@@ -265,7 +265,7 @@ VEH_ODOMETER = Msg(
 )  # fmt: skip
 
 VEH_POSITION = Msg(
-    "VEH_Position", 0x240, 20, 200, _SENDER_VEHICLE,
+    "VEH_Position", 0x280, 20, 200, _SENDER_VEHICLE,
     (
         *_head(motorola=True),
         Sig("FixState", 14, 3, hi=3, sna=7, choices={0: "None", 1: "DeadReckoning", 2: "Fix2D", 3: "Fix3D"}),
