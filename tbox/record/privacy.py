@@ -1,4 +1,4 @@
-"""What may leave the vehicle: consent by category, blurred positions, a hash instead of the VIN. Sends nothing.
+"""What may leave the vehicle: consent by category, blurred positions, a hash for the VIN. Sends nothing.
 
 Positions in a body are pairs of keys "latitude" and "longitude" (degrees) in one map, at any depth, or
 columns of one series whose names differ only in `Latitude` and `Longitude`. Anything positional that is
@@ -33,8 +33,6 @@ CATEGORY_OF_KIND = {"telemetry": "telemetry", "journey": "journeys", "capture": 
 _POSITION_KEYS = frozenset(
     {"latitude", "longitude", "altitude", "altitude_m", "heading", "heading_deg", "course_deg"}
 )
-_LATITUDE = re.compile("latitude", re.IGNORECASE)
-_LONGITUDE = re.compile("longitude", re.IGNORECASE)
 _POSITIONAL = re.compile(r"latitude|longitude|\bcurrentlocation\b", re.IGNORECASE)
 
 
@@ -175,15 +173,16 @@ class PrivacyFilter:
         if not positional:
             return series
         kept = [column for column in series.columns if column.name not in positional]
+        partners = {name.lower(): column for name, column in positional.items()}
         if self._settings.position:
             for name, latitude in positional.items():
-                longitude = positional.get(_LATITUDE.sub(_as_longitude, name))
-                if longitude is not None and _LATITUDE.search(name):
+                longitude = partners.get(name.lower().replace("latitude", "longitude"))
+                if longitude is not None and "latitude" in name.lower():
                     kept += self._blur_columns(latitude, longitude)
             kept += [
                 column
                 for name, column in positional.items()
-                if not (_LATITUDE.search(name) or _LONGITUDE.search(name))
+                if "latitude" not in name.lower() and "longitude" not in name.lower()
             ]
         return replace(series, columns=tuple(kept))
 
@@ -199,10 +198,6 @@ class PrivacyFilter:
             blurred[:, i] = self._blur.blur(float(latitudes[i]), float(longitudes[i]))
         here = here & np.isfinite(blurred[0])
         return [_with_values(latitude, blurred[0], here), _with_values(longitude, blurred[1], here)]
-
-
-def _as_longitude(match: re.Match[str]) -> str:
-    return "Longitude" if match.group()[0] == "L" else "longitude"
 
 
 def _with_values(column: Column, values: np.ndarray[Any, np.dtype[np.float64]], here: Any) -> Column:
