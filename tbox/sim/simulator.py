@@ -144,7 +144,7 @@ class _History:
 
 
 class Simulator:
-    """The vehicle, its ECUs and the faults of one run. Time starts at 0 ns, with the key as the cycle has it."""
+    """The vehicle, its ECUs and the faults of one run. Time starts at 0 ns."""
 
     def __init__(self, seed: int, settings: SimSettings | None = None, faults: Sequence[Fault] = ()) -> None:
         self.settings = settings = settings or SimSettings()
@@ -442,7 +442,7 @@ class Simulator:
         noisy, rng = sigma > 0, next(self._scalar_rngs)
 
         def measure(t_ns: Ints, rows: Ints) -> Floats:
-            values = self._history.scalar[rows[:, None], columns]
+            values: Floats = self._history.scalar[rows[:, None], columns]
             values[:, noisy] += sigma[noisy] * rng.standard_normal((len(rows), int(noisy.sum())))
             return values[:, None, :]
 

@@ -1,4 +1,4 @@
-"""The vehicle around the pack: driving cycles, longitudinal dynamics, motor, 12 V, charging. No bus,.
+"""The vehicle around the pack: driving cycles, longitudinal dynamics, motor, 12 V, charging. Knows no bus.
 
 A cycle is what the driver wants; the speed is what the vehicle makes of it: without traction it rolls to a
 stop whatever the cycle says. Power is positive into the battery.
@@ -96,8 +96,8 @@ class Cycle:
 
 _CITY = (
     Phase(5), Phase(8, 48), Phase(18, 50), Phase(6, 20), Phase(4, 18), Phase(7, 50), Phase(12, 52),
-    Phase(8, 0), Phase(14, 0), Phase(6, 32), Phase(15, 30), Phase(5, 0), Phase(10, 0), Phase(10, 58), Phase(25, 55),
-    Phase(9, 0), Phase(12, 0),
+    Phase(8, 0), Phase(14, 0), Phase(6, 32), Phase(15, 30), Phase(5, 0), Phase(10, 0), Phase(10, 58),
+    Phase(25, 55), Phase(9, 0), Phase(12, 0),
 )  # fmt: skip
 _HIGHWAY = (
     Phase(4), Phase(14, 80), Phase(10, 105), Phase(60, 112), Phase(8, 95), Phase(20, 100), Phase(10, 128),
