@@ -1,0 +1,102 @@
+"""The spool's tables and how they grow. sqlite-utils makes and migrates them at open; nothing here sends.
+
+The version in `user_version` is family * 1000 + step. Within a family steps only add what an older
+release can ignore (a nullable column, a view), so an update that is rolled back still opens its spool. A
+spool of another family is refused with its data untouched.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+from tbox.errors import TboxError
+
+FAMILY = 1
+FAMILY_SIZE = 1000
+
+# What a kind is called on flash. Numbers are never reused; a new kind gets the next one.
+KIND_CODES = {"telemetry": 1, "alarm": 2, "event": 3, "capture": 4, "journey": 5, "health": 6, "ota": 7}
+KIND_NAMES = {code: kind for kind, code in KIND_CODES.items()}
+
+
+class Cursor(Protocol):
+    def fetchone(self) -> Any: ...
+    def fetchall(self) -> list[Any]: ...
+    def close(self) -> None: ...
+
+
+class Connection(Protocol):
+    """What the spool uses of a database connection: sqlite3's own, or the crash tests' recording one."""
+
+    @property
+    def in_transaction(self) -> bool: ...
+    def execute(self, sql: str, parameters: Sequence[Any] = ..., /) -> Cursor: ...
+    def close(self) -> None: ...
+
+
+class SpoolSchemaError(TboxError):
+    """The spool was written by a release this one cannot follow."""
+
+
+_PEOPLE_VIEW = """
+SELECT id >> 32 AS start, id & 4294967295 AS counter, priority,
+       CASE kind {names} ELSE kind END AS kind, level,
+       datetime(at, 'unixepoch') AS stored_at, length(sealed) - 16 AS payload_bytes, id
+FROM (SELECT 'alarm' AS priority, * FROM alarm UNION ALL SELECT 'routine', * FROM routine)
+WHERE sealed IS NOT NULL ORDER BY id
+"""
+
+
+def _lay_tables(db: Any) -> None:
+    """Two tables by priority, one of starts with their wrapped keys, and a view for people."""
+    record = {"id": int, "kind": int, "level": int, "at": int, "sealed": bytes}
+    for name in ("alarm", "routine"):
+        db[name].create(record, pk="id")
+    db["start"].create(
+        {"start": int, "key_id": bytes, "wrapped": bytes, "clean": int, "last_id": int, "ledger": str},
+        pk="start",
+    )
+    names = " ".join(f"WHEN {code} THEN '{kind}'" for kind, code in KIND_CODES.items())
+    db.create_view("records", _PEOPLE_VIEW.format(names=names))
+
+
+Migration = Callable[[Any], None]
+
+# One entry a released step, in order; entry 0 makes the tables. Never edited after a release, only added to.
+MIGRATIONS: tuple[Migration, ...] = (_lay_tables,)
+
+
+def version(connection: Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def bring_up(connection: Connection, where: str, migrations: Sequence[Migration] = MIGRATIONS) -> None:
+    """Make the tables of a new spool or add the steps that an older one lacks, each in one transaction.
+
+    Raises SpoolSchemaError for a spool of a family this release does not know.
+    """
+    found = version(connection)
+    if found and found // FAMILY_SIZE != FAMILY:
+        raise SpoolSchemaError(
+            f"the spool has schema {found}, this release knows {FAMILY * FAMILY_SIZE + 1} and its family",
+            where=where,
+            mend="run the release that wrote it until it is drained, or name another directory",
+        )
+    done = found % FAMILY_SIZE
+    if done >= len(migrations):
+        return
+    import sqlite_utils  # only when there is something to make: it is slow to import
+
+    db = sqlite_utils.Database(cast(sqlite3.Connection, connection), recursive_triggers=False)
+    for step in range(done, len(migrations)):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            migrations[step](db)
+            connection.execute(f"PRAGMA user_version={FAMILY * FAMILY_SIZE + step + 1}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise

@@ -1,0 +1,655 @@
+"""The spool: the one queue between sensing and sending. It forgets nothing before its PUBACK.
+
+`Spool` puts records on flash in one transaction a tick, offers them in drain order, and says what it had to
+drop. It is used by one thread, never looks into a payload and never sends. What it decides is in `policy`,
+how rows are stored in `flash`, how they are sealed in `seal` and `keyring`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any
+
+import msgspec
+import structlog
+
+from tbox.durable import OsStorage, Storage
+from tbox.errors import TboxError
+from tbox.ledger import Ledger
+from tbox.model import COUNTER_BITS, NS_PER_S, Draft, Level, Now, Record
+from tbox.spool.flash import FILE_NAME, Connect, Flash, Row, StartRow, first_id, is_busy, is_full
+from tbox.spool.keyring import KEY_FILE_NAME, Keyring, copied_keys, copy_keys, open_keyring, rotate
+from tbox.spool.policy import (
+    ALARM,
+    LANES,
+    ROUTINE,
+    Drain,
+    Dropped,
+    IdRanges,
+    Lane,
+    SettledClock,
+    StoredRow,
+    TokenBucket,
+    evict_target_bytes,
+    lane_of,
+    pick_expired,
+    pick_oldest,
+    trusted_wall_s,
+)
+from tbox.spool.schema import KIND_CODES, KIND_NAMES
+from tbox.spool.seal import TAG_BYTES, Random
+
+log = structlog.get_logger()
+
+READ_BYTES_MAX = 1024 * 1024  # payload read from flash in one offer
+READ_ROWS_MAX = 256
+EVICT_ROWS_READ = 256
+# Pages the drop record and the tables' inner nodes may still need after an eviction.
+EVICTION_HEADROOM_BYTES = 16 * 1024
+SWEEP_ROWS_PER_TICK = 256  # rows looked at for their age
+COUNT_ROWS_AT_OPEN = 8192  # backlog of earlier starts counted before the first tick
+COUNT_ROWS_PER_TICK = 2048
+RETRY_S_FIRST = 1.0
+RETRY_S_MAX = 30.0
+RAM_REPORT_S = 60.0  # how often a full RAM ring says what it dropped
+EARLIER_STARTS_MAX = 16
+
+
+class SpoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """[spool] of tbox.toml."""
+
+    quota_bytes: Annotated[int, msgspec.Meta(ge=256 * 1024, le=16 * 1024**3)] = 1024**3
+    tick_ms: Annotated[int, msgspec.Meta(ge=10, le=60_000)] = 1000
+    commit_bytes: Annotated[int, msgspec.Meta(ge=1024, le=16 * 1024**2)] = 256 * 1024
+    key_file: str = ""  # "" = device.key in the spool directory
+    age_max_h: dict[str, Annotated[int, msgspec.Meta(ge=1, le=10 * 366 * 24)]] = {}  # kind -> hours
+    backlog_records_s: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 500
+    backlog_bytes_s: Annotated[int, msgspec.Meta(ge=1024, le=1024**3)] = 1024**2
+    live_records_max: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 100
+    live_bytes_max: Annotated[int, msgspec.Meta(ge=1024, le=64 * 1024**2)] = 1024**2
+    ram_bytes_max: Annotated[int, msgspec.Meta(ge=64 * 1024, le=1024**3)] = 16 * 1024**2
+    ballast: bool = True
+
+
+class SpoolError(TboxError):
+    """The spool cannot be opened; its data is untouched."""
+
+
+class SpoolLocked(SpoolError):
+    """Another process has this spool open."""
+
+
+class PreviousStart(msgspec.Struct, frozen=True, kw_only=True):
+    """How the start before this one ended.
+
+    Every record of it up to last_committed_id was committed or acknowledged; None: it committed none.
+    earlier: starts before it whose end may not have been told, because their successor left no record.
+    """
+
+    start: int
+    last_committed_id: int | None
+    clean: bool
+    ledger: dict[str, Any] | None = None
+    earlier: tuple[PreviousStart, ...] = ()
+
+
+class DirectoryLock:
+    """Holds a directory for one process; the lock dies with the process."""
+
+    def __init__(self, directory: str) -> None:
+        self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            raise SpoolLocked(
+                "another process has this spool open", where=directory, mend="stop it first, or ask it"
+            ) from error
+
+    def release(self) -> None:
+        os.close(self._fd)
+
+
+class Spool:
+    """The flash FIFO. Open it with `Spool.open`; one thread only."""
+
+    @classmethod
+    def open(
+        cls,
+        directory: str,
+        settings: SpoolSettings,
+        *,
+        start: int,
+        mint: Callable[[Draft], Record],
+        now: Now,
+        ledger: Ledger,
+        connect: Connect = sqlite3.connect,
+        storage: Storage | None = None,
+        random: Random = os.urandom,
+    ) -> Spool:
+        """Open or create the spool in `directory`.
+
+        Raises SpoolLocked, SpoolKeyError, SpoolSchemaError, SpoolError: the data is then as it was. A
+        medium that fails is no error: the spool runs from RAM, says so in an alarm and keeps trying.
+        """
+        spool = cls(directory, settings, start, mint, ledger, connect, storage or OsStorage(), random)
+        try:
+            spool._attach(now)
+        except (sqlite3.Error, OSError) as error:
+            spool._fall_to_ram(now, error)
+        except BaseException:
+            spool._lock.release()
+            raise
+        return spool
+
+    def __init__(
+        self,
+        directory: str,
+        settings: SpoolSettings,
+        start: int,
+        mint: Callable[[Draft], Record],
+        ledger: Ledger,
+        connect: Connect,
+        storage: Storage,
+        random: Random,
+    ) -> None:
+        storage.mkdir(directory)
+        self._lock = DirectoryLock(directory)
+        self._directory = directory
+        self._settings = settings
+        self._start = start
+        self._mint = mint
+        self._connect = connect
+        self._storage = storage
+        self._random = random
+        self._account = ledger.stage("spool", "records")
+        self._drain = Drain(
+            TokenBucket(settings.backlog_records_s, max(1, settings.backlog_records_s // 5)),
+            TokenBucket(settings.backlog_bytes_s, max(64 * 1024, settings.backlog_bytes_s // 5)),
+        )
+        self._age_max_s = {KIND_CODES[kind]: hours * 3600 for kind, hours in settings.age_max_h.items()}
+        self._flash: Flash | None = None
+        self._keys: Keyring | None = None
+        self._own: StartRow | None = None
+        self._open: dict[int, Record] = {}  # appended and not known to be committed
+        self._open_bytes = 0
+        self._alarm_waits = False
+        self._in_doubt = (
+            False  # the last commit failed: what is in the open tick may be on flash all the same
+        )
+        # lane -> id up to which the backlog of earlier starts is counted; a lane leaves when it is done
+        self._uncounted_after: dict[Lane, int] = dict.fromkeys(LANES, 0)
+        self._damaged, self._expired = Dropped("damage"), Dropped("age")
+        self._settled_clock = SettledClock()
+        self._swept: dict[Lane, int] = dict.fromkeys(LANES, 0)
+        self._ram_dropped = Dropped("ram")
+        self._ram_reported_ns = 0
+        self._ram_reason = ""
+        self._ram_since_ns = 0
+        self._retry_ns = 0
+        self._retry_s = RETRY_S_FIRST
+        self._highest_id = 0
+        self._now = Now(0)
+        self.previous: PreviousStart | None = None
+
+    # --- what goes in ---------------------------------------------------------------------------------
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Take records into the open tick. They are safe when a `tick` has committed them."""
+        for record in records:
+            self._open[record.id] = record
+            self._open_bytes += len(record.payload)
+            self._alarm_waits |= record.is_alarm
+            self._highest_id = max(self._highest_id, record.id)
+            self._drain.append(record)
+        self._account.into += len(records)
+        self._account.held += len(records)
+        if self._open_bytes > self._settings.ram_bytes_max:
+            self._shrink_ram()
+
+    @property
+    def wants_commit(self) -> bool:
+        """Whether `tick` should be called at once: an alarm waits, or the open tick has grown large."""
+        if self._ram_reason:
+            return False  # the flash is tried again at its own pace
+        return self._alarm_waits or self._open_bytes >= self._settings.commit_bytes
+
+    # --- what goes out --------------------------------------------------------------------------------
+
+    def offer(self, now: Now, room: int) -> list[Record]:
+        """Return up to `room` records to send, in drain order, and mark them in flight."""
+        return self._drain.offer(now.mono_ns, room, self._read, READ_BYTES_MAX)
+
+    def ack(self, ids: Iterable[int]) -> None:
+        """Take PUBACKs. What was never on flash is forgotten at once, the rest at the next tick."""
+        for one in ids:
+            lane = self._drain.ack(one)
+            if lane is None:
+                continue
+            self._leave(one, lane)
+            self._account.out += 1
+            record = self._open.pop(one, None)
+            if record is not None:
+                self._open_bytes -= len(record.payload)
+            if record is None or self._in_doubt:
+                self._drain.gone.add(one)
+
+    def requeue(self) -> None:
+        """The link died: everything in flight will be offered again under its old id."""
+        self._drain.requeue(self._open.get)
+
+    def _read(self, lane: Lane, after: int, rows_max: int, bytes_max: int) -> tuple[list[Record], int | None]:
+        """Read stored records for the drain; rows that cannot be unsealed are dropped and counted."""
+        if self._flash is None or self._keys is None:
+            return [], None
+        try:
+            rows = self._flash.read(lane, after, min(rows_max, READ_ROWS_MAX), bytes_max)
+        except sqlite3.Error as error:
+            self._flash_failed(error)
+            return [], None
+        records = []
+        for row in rows:
+            if row.sealed is None or row.id in self._drain.gone:
+                continue
+            record = self._unseal(self._keys, row)
+            if record is not None:
+                records.append(record)
+            elif row.id not in self._drain.in_flight:
+                self._doom(lane, [StoredRow(row.id, row.kind, row.at_s, len(row.sealed))], self._damaged)
+        return records, rows[-1].id if rows else None
+
+    @staticmethod
+    def _unseal(keys: Keyring, row: Row) -> Record | None:
+        sealer = keys.sealer(row.id >> COUNTER_BITS)
+        kind = KIND_NAMES.get(row.kind)
+        if sealer is None or kind is None or row.sealed is None:
+            return None
+        payload = sealer.open(row.id, kind, row.level, row.sealed)
+        return None if payload is None else Record(row.id, kind, row.level, payload)
+
+    # --- the tick -------------------------------------------------------------------------------------
+
+    def tick(self, now: Now) -> None:
+        """Commit the open tick, acknowledgements and evictions in one transaction.
+
+        Does nothing when there is nothing to write. A medium that fails raises nothing here: the records
+        stay in RAM, an alarm says so, and later ticks try again.
+        """
+        self._now = now
+        if self._ram_reason and now.mono_ns < self._retry_ns:
+            self._report_ram(now)
+            return
+        try:
+            if self._flash is None:
+                self._attach(now)
+            self._expire(now)
+            if self._ram_reason:
+                self._report_ram(now, force=True)
+            if self._open or self._drain.gone or self._damaged.count:
+                self._commit(now)
+            self._count(COUNT_ROWS_PER_TICK)
+        except (sqlite3.Error, OSError) as error:
+            self._flash_failed(error)
+            return
+        if self._ram_reason:
+            self._back_on_flash(now)
+
+    def _commit(self, now: Now) -> None:
+        assert self._flash is not None and self._keys is not None
+        sealer = self._keys.sealer(self._start)
+        assert sealer is not None
+        flash = self._flash
+        self._in_doubt = True
+        flash.begin()
+        self._insert(flash, list(self._open.values()), now)
+        flash.delete(self._drain.gone)
+        dropped = [self._damaged, self._expired, self._make_room(flash)]
+        told = [self._mint_drop(one, now) for one in dropped if one.count]
+        self._damaged, self._expired = Dropped("damage"), Dropped("age")
+        self._insert(flash, told, now)
+        flash.commit()
+        self._in_doubt = False
+        self._open.clear()
+        self._open_bytes = 0
+        self._alarm_waits = False
+        self._drain.committed()
+        self._drain.trim(self._settings.live_records_max, self._settings.live_bytes_max, self._open.get)
+
+    def _insert(self, flash: Flash, records: Sequence[Record], now: Now) -> None:
+        assert self._keys is not None
+        at_s = trusted_wall_s(now)
+        for lane in LANES:
+            mine = [record for record in records if lane_of(record) is lane]
+            flash.insert(lane, (self._sealed(self._keys, record, at_s) for record in mine))
+
+    @staticmethod
+    def _sealed(keys: Keyring, record: Record, at_s: int | None) -> Row:
+        sealer = keys.sealer(record.start)
+        assert sealer is not None, record.start
+        return Row(record.id, KIND_CODES[record.kind], record.level, at_s, sealer.seal(record))
+
+    def _mint_drop(self, dropped: Dropped, now: Now) -> Record:
+        """Make the record that tells a loss. It has alarm priority, so that it outlives what it tells of."""
+        record = self._mint(Draft("event", Level.ALARM, now.mono_ns, dropped.body()))
+        self.append([record])
+        log.warning("spool_dropped", **{**dropped.body(), "event": "spool_dropped"})
+        return record
+
+    # --- eviction -------------------------------------------------------------------------------------
+
+    def _make_room(self, flash: Flash) -> Dropped:
+        """Evict inside the open transaction until the pages in use fit the cap again."""
+        dropped = Dropped("quota")
+        if flash.used_bytes() <= self._settings.quota_bytes - EVICTION_HEADROOM_BYTES:
+            return dropped
+        target = evict_target_bytes(self._settings.quota_bytes - EVICTION_HEADROOM_BYTES)
+        for lane, events_too in ((ROUTINE, False), (ROUTINE, True), (ALARM, False)):
+            self._evict_lane(flash, lane, events_too, target, dropped)
+        return dropped
+
+    def _evict_lane(self, flash: Flash, lane: Lane, events_too: bool, target: int, dropped: Dropped) -> None:
+        """Evict the oldest of one lane; events last: drop and start records are the frame of the proof."""
+        after = 0
+        while (excess := flash.used_bytes() - target) > 0:
+            rows = flash.sizes(lane, after, EVICT_ROWS_READ)
+            if not rows:
+                return
+            picked = pick_oldest(
+                [row for row in rows if events_too or row.kind != KIND_CODES["event"]],
+                excess,
+                lambda one: one in self._drain.in_flight or one in self._drain.gone,
+            )
+            after = (picked or rows)[-1].id
+            self._doom(lane, picked, dropped)
+            flash.delete(IdRanges(row.id for row in picked))
+
+    def _doom(self, lane: Lane, rows: Sequence[StoredRow], dropped: Dropped) -> None:
+        """These stored records are given up; the next commit takes them off the flash."""
+        for row in rows:
+            dropped.add(row.id, row.sealed_bytes - TAG_BYTES)
+            self._drain.gone.add(row.id)
+            self._leave(row.id, lane)
+        self._drain.drop(row.id for row in rows)
+        self._account.drop(dropped.cause, len(rows))
+
+    def _expire(self, now: Now) -> None:
+        """Look at a few stored rows and give up those past their kind's age, if the clock is settled."""
+        wall_s = self._settled_clock.wall_s(now)
+        if not self._age_max_s or wall_s is None or self._flash is None:
+            return
+        for lane in LANES:
+            rows = self._flash.sizes(lane, self._swept[lane], SWEEP_ROWS_PER_TICK)
+            self._swept[lane] = rows[-1].id if len(rows) == SWEEP_ROWS_PER_TICK else 0
+            keep = self._drain.in_flight.__contains__
+            rows = [row for row in rows if row.id not in self._drain.gone]
+            self._doom(lane, pick_expired(rows, wall_s, self._age_max_s, keep), self._expired)
+
+    # --- the account ----------------------------------------------------------------------------------
+
+    def _leave(self, one: int, lane: Lane) -> None:
+        """A record is no longer held; one of an earlier start that was not counted yet is taken in first."""
+        uncounted = self._uncounted_after.get(lane)
+        if uncounted is not None and uncounted < one < first_id(self._start):
+            self._account.into += 1
+        else:
+            self._account.held -= 1
+
+    def _count(self, rows_max: int) -> None:
+        """Count a part of what earlier starts left, so that opening never waits for a full scan."""
+        for lane, after in list(self._uncounted_after.items()):
+            if self._flash is None or rows_max <= 0:
+                return
+            rows = self._flash.sizes(lane, after, rows_max)
+            found = [row for row in rows if row.id < first_id(self._start)]
+            fresh = sum(row.id not in self._drain.gone for row in found)
+            self._account.into += fresh
+            self._account.held += fresh
+            if len(found) < rows_max:
+                del self._uncounted_after[lane]
+            else:
+                self._uncounted_after[lane] = found[-1].id
+            rows_max -= len(found)
+
+    # --- opening --------------------------------------------------------------------------------------
+
+    def _attach(self, now: Now) -> None:
+        """Open the file and the keys, note this start. Raises as `open` does, and sqlite3.Error, OSError."""
+        flash = self._open_file()
+        try:
+            rotate(self._storage, self._key_file, flash, self._directory, self._random)
+            known = flash.starts()
+            has_data = flash.newest_id is not None
+            self._keys = open_keyring(self._storage, self._key_file, known, self._random, has_data=has_data)
+            self._keys.learn(copied_keys(self._storage, self._directory))
+            self._note_start(flash, self._keys, known)
+        except BaseException:
+            flash.close()
+            raise
+        self._flash = flash
+        self._count(COUNT_ROWS_AT_OPEN)
+
+    def _open_file(self) -> Flash:
+        path = f"{self._directory}/{FILE_NAME}"
+        try:
+            return Flash(path, self._connect, self._settings.quota_bytes)
+        except sqlite3.Error as error:
+            if is_busy(error):
+                raise SpoolLocked(
+                    "another program has the spool's database open", where=path, mend="close it first"
+                ) from error
+            raise
+
+    def _note_start(self, flash: Flash, keys: Keyring, known: list[StartRow]) -> None:
+        """Store this start's row and how far the one before had committed, before any record of this one."""
+        if self._own is not None:
+            keys.learn([self._own])
+            if self._own not in known:
+                flash.begin()
+                flash.put_start(self._own)
+                flash.commit()
+            return
+        highest = max(known[-1].start if known else 0, (flash.newest_id or 0) >> COUNTER_BITS)
+        if highest >= self._start:
+            raise SpoolError(
+                f"start {self._start} is not above start {highest} that the spool holds",
+                where=self._directory,
+                mend="keep the start number files with the spool, or raise the start number",
+            )
+        ended = [row._replace(last_id=_highest(row.last_id, flash.newest_of(row.start))) for row in known]
+        self.previous = previous_start(ended)
+        needed = needed_starts(self.previous)
+        kept = [row for row in ended if row.start in needed or flash.has_rows_of(row.start)]
+        own = keys.new_start(self._start)
+        copy_keys(self._storage, self._directory, [*kept, own])
+        flash.begin()
+        flash.forget_starts([row.start for row in ended if row not in kept])
+        for row in [*(row for row in kept if row not in known), own]:
+            flash.put_start(row)
+        flash.commit()
+        self._own = own
+
+    @property
+    def _key_file(self) -> str:
+        return self._settings.key_file or f"{self._directory}/{KEY_FILE_NAME}"
+
+    # --- when the flash fails -------------------------------------------------------------------------
+
+    def _flash_failed(self, error: Exception) -> None:
+        """A read or write failed: undo what was half done, and go on from RAM until the flash is back."""
+        if self._flash is not None:
+            try:
+                self._flash.rollback()
+                lost = not (isinstance(error, sqlite3.Error) and is_full(error))
+            except sqlite3.Error:
+                lost = True
+            if lost:
+                with contextlib.suppress(sqlite3.Error):
+                    self._flash.close()
+                self._flash = None
+        self._fall_to_ram(self._now, error)
+
+    def _fall_to_ram(self, now: Now, error: Exception) -> None:
+        self._retry_ns = now.mono_ns + int(self._retry_s * NS_PER_S)
+        self._retry_s = min(self._retry_s * 2, RETRY_S_MAX)
+        if self._ram_reason:
+            return
+        self._ram_reason = " ".join(str(error).split())
+        self._ram_since_ns = now.mono_ns
+        log.error("spool_flash_failed", reason=self._ram_reason)
+        self._tell_flash(now, "raise", f"spool: flash failed ({self._ram_reason}); records are kept in RAM")
+
+    def _back_on_flash(self, now: Now) -> None:
+        log.info("spool_flash_back", after_s=(now.mono_ns - self._ram_since_ns) // NS_PER_S)
+        self._ram_reason = ""
+        self._retry_s = RETRY_S_FIRST
+        self._tell_flash(now, "clear", "spool: flash is back; records are safe again")
+
+    def _tell_flash(self, now: Now, event: str, text: str) -> None:
+        body: dict[str, Any] = {
+            "alarm": "spool.flash", "event": event, "key": "", "text": text, "value": None, "limit": None,
+            "unit": "", "since_ns": self._ram_since_ns, "context": {},
+        }  # fmt: skip
+        self.append([self._mint(Draft("alarm", Level.ALARM, now.mono_ns, body))])
+
+    def _shrink_ram(self) -> None:
+        """The RAM ring is full: the oldest routine records go first, alarms last, and all are counted."""
+        for alarms in (False, True):
+            for record in list(self._open.values()):
+                if self._open_bytes <= self._settings.ram_bytes_max:
+                    return
+                if record.is_alarm != alarms or record.id in self._drain.in_flight:
+                    continue
+                del self._open[record.id]
+                self._open_bytes -= len(record.payload)
+                self._drain.drop([record.id])
+                self._ram_dropped.add(record.id, len(record.payload))
+                self._account.held -= 1
+                self._account.drop("ram")
+
+    def _report_ram(self, now: Now, *, force: bool = False) -> None:
+        due = now.mono_ns - self._ram_reported_ns >= RAM_REPORT_S * NS_PER_S
+        if self._ram_dropped.count and (due or force):
+            dropped, self._ram_dropped = self._ram_dropped, Dropped("ram")
+            self._ram_reported_ns = now.mono_ns
+            self._mint_drop(dropped, now)
+
+    # --- state and end --------------------------------------------------------------------------------
+
+    @property
+    def last_committed_id(self) -> int | None:
+        """The highest id of this start that is known to be on flash or acknowledged after it was."""
+        newest = self._flash.newest_id if self._flash is not None else None
+        return newest if newest is not None and newest > first_id(self._start) else None
+
+    @property
+    def depth(self) -> int:
+        """Records taken in and not yet acknowledged, as far as the backlog is counted."""
+        return self._account.held
+
+    def stat(self) -> dict[str, Any]:
+        """Return plain values for `tbox status` and health records."""
+        flash = self._flash
+        return {
+            "state": "ram" if self._ram_reason else "flash",
+            "reason": self._ram_reason,
+            "start": self._start,
+            "records": self._account.held,
+            "counted": not self._uncounted_after,
+            "in_flight": len(self._drain.in_flight),
+            "open_records": len(self._open),
+            "open_bytes": self._open_bytes,
+            "newest_id": flash.newest_id if flash else None,
+            "used_bytes": flash.used_bytes() if flash else None,
+            "quota_bytes": self._settings.quota_bytes,
+            "dropped": dict(self._account.dropped),
+        }
+
+    def close(self, now: Now, *, clean: bool, ledger_totals: dict[str, Any]) -> None:
+        """Commit what is open and close. clean: the start row then says so, with the ledger's totals."""
+        self._now = now
+        self._retry_ns = 0
+        self.tick(now)
+        try:
+            if clean and self._flash is not None and self._own is not None and not self._open:
+                ledger = msgspec.json.encode(ledger_totals).decode()
+                last_id = self._highest_id or None
+                self._flash.begin()
+                self._flash.put_start(self._own._replace(clean=1, last_id=last_id, ledger=ledger))
+                self._flash.commit()
+        except sqlite3.Error as error:
+            log.error("spool_close_failed", reason=str(error))
+        finally:
+            if self._flash is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    self._flash.close()
+                self._flash = None
+            self._lock.release()
+
+
+def _highest(*ids: int | None) -> int | None:
+    return max((one for one in ids if one is not None), default=None)
+
+
+def previous_start(ended: Sequence[StartRow]) -> PreviousStart | None:
+    """Return how the newest of these starts ended, with those before it that may never have been told of."""
+    if not ended:
+        return None
+    told = [_ending(ended[-1])]
+    for row, before in zip(reversed(ended), reversed(ended[:-1]), strict=False):
+        if row.last_id is not None or row.clean or len(told) > EARLIER_STARTS_MAX:
+            break
+        told.append(_ending(before))
+    return msgspec.structs.replace(told[0], earlier=tuple(told[1:]))
+
+
+def _ending(row: StartRow) -> PreviousStart:
+    ledger = msgspec.json.decode(row.ledger) if row.ledger else None
+    return PreviousStart(start=row.start, last_committed_id=row.last_id, clean=bool(row.clean), ledger=ledger)
+
+
+def needed_starts(previous: PreviousStart | None) -> set[int]:
+    """Return the starts whose rows must stay until a later start has told of them."""
+    return {one.start for one in (previous, *previous.earlier)} if previous else set()
+
+
+def highest_start_seen(
+    directory: str, connect: Connect = sqlite3.connect, storage: Storage | None = None
+) -> int:
+    """Return the highest start number that a stopped spool holds, 0 for none: for `next_start(seen=)`.
+
+    Raises SpoolLocked when the spool is in use. A damaged file is looked at as far as it can be read.
+    """
+    storage = storage or OsStorage()
+    path = f"{directory}/{FILE_NAME}"
+    if not storage.exists(directory):
+        return 0
+    lock = DirectoryLock(directory)
+    try:
+        seen = max((row.start for row in copied_keys(storage, directory)), default=0)
+        if not storage.exists(path):
+            return seen
+        with contextlib.suppress(sqlite3.Error):
+            seen = max(seen, _highest_in_file(path, connect))
+        return seen
+    finally:
+        lock.release()
+
+
+def _highest_in_file(path: str, connect: Connect) -> int:
+    db = connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()
+        highest = 0
+        for sql in (
+            "SELECT max(start) FROM start",
+            "SELECT max(id) >> 32 FROM alarm",
+            "SELECT max(id) >> 32 FROM routine",
+        ):
+            highest = max(highest, db.execute(sql).fetchone()[0] or 0)
+        return highest
+    finally:
+        db.close()
