@@ -22,8 +22,8 @@ and their kin are known), the range and the SNA values come from the DBC and the
     per_module = 6                      # or: module = index div per_module
     values = { "1" = 0, "4" = 3 }       # raw enum value -> the role's code; any other raw value is SNA
     sna = [255, 65535]                  # raw values that say "not available", beside the DBC's own
-    all_ones_is_sna = false             # all ones is a reading here. Default: SNA in unsigned signals of a role
-                                        #   from 8 bits up, and in any other signal when outside its range
+    all_ones_is_sna = false             # all ones is a reading here. Default: SNA in unsigned signals of a
+                                        #   role from 8 bits up, and in any signal when outside its range
     range = [0.0, 5.0]                  # physical range in the role's unit, instead of the DBC's and role's
     glitch = 0.5                        # a single-sample spike larger than this is refused; 0: never
     invalid_flag = "CellVoltage_{index}_invalidFlag"  # a signal of the same message; {group} = matched text
@@ -40,8 +40,8 @@ and their kin are known), the range and the SNA values come from the DBC and the
 
 Profiles: `e2e-p1` AUTOSAR E2E profile 1 (CRC-8 SAE J1850 polynomial, start and XOR 0, counter 0 to 14;
 data_id of 16 bits, low byte first, before the data), `e2e-p5` profile 5 (CRC-16 CCITT, start 0xFFFF, counter
-0 to 255; data_id after the data), `counter` an alive counter without CRC, `crc8` any CRC-8 over the payload without the
-CRC byte, to be described by
+0 to 255; data_id after the data), `counter` an alive counter without CRC, `crc8` any CRC-8 over the payload
+without the CRC byte, to be described by
 
     poly = 0x1D
     init = 0xFF

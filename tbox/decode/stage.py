@@ -1,0 +1,181 @@
+"""The decode stage: frames in, samples with their validity out, everything counted. Touches no world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from tbox.decode.batch import Decoded, Decoder
+from tbox.decode.database import Database, DecodeSettings, Definition
+from tbox.decode.roles import Binding, RoleMap
+from tbox.decode.table import MALFORMED_PLAN, UNKNOWN_PLAN, IntArray, SignalTable, compile_table
+from tbox.decode.validity import Judge
+from tbox.ledger import Ledger
+from tbox.model import ROLE_UNITS, FrameBatch, Now, SampleBatch, Signal, Validity
+
+# Validity -> the cause the ledger counts it under.
+CAUSES = {v: v.name.lower() for v in Validity if v is not Validity.VALID}
+
+
+class DecodeStage:
+    """All buses' frames to samples in the units of their roles.
+
+    catalog: the columns. short: frames shorter than their message. Ledger "decode" counts frames, "validity"
+    samples; a sample that is not VALID travels on with its code and counts as dropped with its cause.
+    """
+
+    def __init__(self, database: Database, roles: RoleMap, ledger: Ledger, settings: DecodeSettings) -> None:
+        """Raises roles.MappingError when the mapping does not fit the DBCs."""
+        table = compile_table(database.definitions)
+        bindings = [_bind(table, roles, column) for column in range(len(table.columns))]
+        self.catalog = _catalog(table, bindings)
+        self.short = 0
+        self._table = table
+        self._fold(bindings)
+        self._decoder = Decoder(table)
+        self._judge = Judge(table, bindings, roles, self.catalog, settings)
+        self._wanted = None if settings.unmapped else np.array([bool(s.role or s.vss) for s in self.catalog])
+        self._frames = ledger.stage("decode", "frames")
+        self._samples = ledger.stage("validity", "samples")
+
+    @property
+    def judge(self) -> Judge:
+        """The validity checks at work, for what they counted."""
+        return self._judge
+
+    def step(self, now: Now, batch: FrameBatch) -> SampleBatch:
+        """Decode and judge one batch. Never raises for what the frames hold."""
+        n = len(batch)
+        decoded = self._decoder.decode(batch.channel, batch.frames)
+        unknown = int(np.count_nonzero(decoded.plan == UNKNOWN_PLAN))
+        malformed = int(np.count_nonzero(decoded.plan == MALFORMED_PLAN))
+        self._frames.into += n
+        self._frames.out += n - unknown - malformed
+        self._frames.drop("unknown", unknown)
+        self._frames.drop("malformed", malformed)
+        self.short += int(np.count_nonzero(decoded.short))
+        if decoded.fallback:
+            decoded = self._merge(decoded)
+        value, validity = self._judge.judge(batch, decoded)
+        column = self._table.column.take(decoded.row)
+        samples = SampleBatch(batch.t_ns.take(decoded.frame), column, value, validity)
+        if self._wanted is not None:
+            samples = _select(samples, self._wanted.take(column))
+        self._count(samples.validity)
+        return samples
+
+    def _count(self, validity: npt.NDArray[np.uint8]) -> None:
+        counts = np.bincount(validity, minlength=len(Validity)).tolist()
+        self._samples.into += len(validity)
+        self._samples.out += counts[Validity.VALID]
+        for code, cause in CAUSES.items():
+            self._samples.drop(cause, counts[code])
+
+    def _fold(self, bindings: list[Binding]) -> None:
+        """Fold the units of the roles into the table: one multiplication instead of two."""
+        table = self._table
+        for column, binding in enumerate(bindings):
+            if (binding.factor, binding.offset) == (1.0, 0.0):
+                continue
+            rows = table.column == column
+            table.scale[rows] *= binding.factor
+            table.add[rows] = table.add[rows] * binding.factor + binding.offset
+        self._factor = np.array([b.factor for b in bindings], np.float64)
+        self._offset = np.array([b.offset for b in bindings], np.float64)
+
+    def _merge(self, decoded: Decoded) -> Decoded:
+        """Put what cantools decoded between the table's samples, in the order of the frames."""
+        table = self._table
+        frame: list[int] = []
+        row: list[int] = []
+        value: list[float] = []
+        for one in decoded.fallback:
+            if one.error:
+                continue
+            info = table.plan_info[decoded.plan[one.frame]]
+            rows = {table.row_info[r].signal.name: r for r in info.rows}
+            for name, number in one.values.items():
+                frame.append(one.frame)
+                row.append(rows[name])
+                value.append(float(number))
+        frames = np.array(frame, np.int64)
+        rows_ = np.array(row, np.int64)
+        column = table.column.take(rows_)
+        values = np.array(value, np.float64) * self._factor.take(column) + self._offset.take(column)
+        return _interleave(decoded, frames, rows_, values)
+
+
+def _interleave(decoded: Decoded, frame: IntArray, row: IntArray, value: npt.NDArray[np.float64]) -> Decoded:
+    frames = np.concatenate((decoded.frame, frame))
+    order = np.argsort(frames, kind="stable")
+    raw = np.concatenate((decoded.raw, np.zeros(len(frame), np.int64)))
+    return decoded._replace(
+        frame=frames[order],
+        row=np.concatenate((decoded.row, row))[order],
+        raw=raw[order],
+        value=np.concatenate((decoded.value, value))[order],
+    )
+
+
+def _select(samples: SampleBatch, wanted: npt.NDArray[np.bool_]) -> SampleBatch:
+    return SampleBatch(
+        samples.t_ns[wanted], samples.column[wanted], samples.value[wanted], samples.validity[wanted]
+    )
+
+
+def _bind(table: SignalTable, roles: RoleMap, column: int) -> Binding:
+    index, signal = table.columns[column]
+    definition: Definition = table.definitions[index]
+    return roles.bind(definition.message.name, signal.name, signal.unit or "", definition.channel)
+
+
+def _catalog(table: SignalTable, bindings: list[Binding]) -> tuple[Signal, ...]:
+    """Describe the columns. A name is given once: the VSS name to its first bearer, else message.signal."""
+    taken: set[str] = set()
+    catalog = []
+    for (index, signal), binding in zip(table.columns, bindings, strict=True):
+        definition = table.definitions[index]
+        own = f"{definition.message.name}.{signal.name}"
+        name = _first_free((binding.vss, own, f"{own}@{definition.channel}"), taken)
+        taken.add(name)
+        catalog.append(_describe(definition, signal, binding, name))
+    return tuple(catalog)
+
+
+def _first_free(names: Iterable[str], taken: set[str]) -> str:
+    name = ""
+    for name in names:
+        if name and name not in taken:
+            return name
+    tries = (f"{name}#{n}" for n in range(2, len(taken) + 3))
+    return next(candidate for candidate in tries if candidate not in taken)
+
+
+def _describe(definition: Definition, signal: object, binding: Binding, name: str) -> Signal:
+    """One catalog entry: numbers in the role's unit where there is a role."""
+    s = signal
+    conversion = s.conversion  # type: ignore[attr-defined]
+    low, high = s.minimum, s.maximum  # type: ignore[attr-defined]
+    if low is None or high is None or not low < high:
+        low = high = None
+    else:
+        low, high = sorted((low * binding.factor + binding.offset, high * binding.factor + binding.offset))
+    coded = bool(binding.values)
+    return Signal(
+        name=name,
+        message=definition.message.name,
+        channel=definition.channel,
+        unit=ROLE_UNITS[binding.role] if binding.role else (s.unit or ""),  # type: ignore[attr-defined]
+        role=binding.role,
+        index=binding.index,
+        module=binding.module,
+        vss=binding.vss,
+        minimum=None if coded else low,
+        maximum=None if coded else high,
+        scale=1.0 if coded else float(conversion.scale) * binding.factor,
+        offset=0.0 if coded else float(conversion.offset) * binding.factor + binding.offset,
+        is_float=bool(conversion.is_float),
+        cycle_ms=definition.message.cycle_time,
+    )
