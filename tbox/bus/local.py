@@ -69,7 +69,8 @@ class LocalBus(can.BusABC):
     channel: directory of the bus, made if it is missing. receive=False: a member that only writes, to which
     nobody sends. Sending and receiving may each have a thread of their own.
     Counters: dropped_out (frames a member did not take in time), dropped_in (frames that were numbered for
-    us and did not come), malformed (records that were no frames), unreached (members that did not answer).
+    us and did not come), malformed (records that were no frames), unreached (members that did not answer),
+    unheard (frames sent while nobody else was on the bus: gone, as on a wire with nothing at its end).
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class LocalBus(can.BusABC):
         self._can_protocol = can.CanProtocol.CAN_FD if fd else can.CanProtocol.CAN_20
         self._receives = receive
         self._send_wait_s = send_wait_s
-        self.dropped_out = self.dropped_in = self.malformed = self.unreached = 0
+        self.dropped_out = self.dropped_in = self.malformed = self.unreached = self.unheard = 0
         self._writers: dict[int, _Peer] = {}  # by file number: whom we send to
         self._readers: dict[int, _Peer] = {}  # whom we hear
         self._gone: list[_Peer] = []  # closed by whoever holds the send lock, so that no number is reused
@@ -232,6 +233,7 @@ class LocalBus(can.BusABC):
             if self._arrivals.poll(0):
                 self._accept()
             t_ns = time.monotonic_ns()
+            self.unheard += not self._writers
             for peer in tuple(self._writers.values()):
                 # The number is used up whether the frame is taken or not: a gap is what shows a drop.
                 record = HEAD.pack(peer.next_n, t_ns) + frame
@@ -241,6 +243,12 @@ class LocalBus(can.BusABC):
                 except (BrokenPipeError, ConnectionResetError):
                     self._stop_writing_to(peer)
             self._bury()
+
+    def wait_for_listener(self, timeout_s: float) -> bool:
+        """Wait until some member takes frames; False if none came in time."""
+        if not self._writers and self._arrivals.poll(timeout_s * 1000):
+            self._accept()
+        return bool(self._writers)
 
     def _stop_writing_to(self, peer: _Peer) -> None:
         """It takes no more frames: gone, or a member that only writes. Its end of file will say which."""
