@@ -52,6 +52,7 @@ ZSTD_LEVEL = 3  # DESIGN, facts: 0.57 bytes a sample; higher levels cost more th
 ZSTD_WINDOW_BYTES_MAX = 8 * 1024 * 1024
 EXPANDED_BYTES_MAX = 4 * 1024 * 1024  # 64 x the largest payload: more is a bomb, not a record
 BLOCK_COLUMNS_MAX = 4096
+NESTING_MAX = 32  # maps and lists inside each other; what is deeper overruns the stack of whoever walks it
 NAME_WIDTH_MAX = 9
 NAME_CHARS_MAX = 256
 SERIES_VALUES_MAX = 1 << 20  # all columns of one record, absent values included
@@ -344,10 +345,21 @@ def decode_payload(payload: bytes, *, expand: bool = False) -> dict[str, Any]:
         raise PayloadError(f"not a record's payload: {error}") from error
     if envelope.v != PAYLOAD_VERSION:
         raise PayloadError(f"payload version {envelope.v} is unknown", mend="use a newer tbox")
+    _check_nesting(envelope.body)
     record = msgspec.structs.asdict(envelope)
     if expand and "series" in envelope.body:
         record["body"] = {**envelope.body, "series": _expand_all(envelope.body["series"])}
     return record
+
+
+def _check_nesting(body: dict[str, Any]) -> None:
+    layer: list[Any] = [body]
+    for _ in range(NESTING_MAX):
+        inner = [item for one in layer for item in (one.values() if isinstance(one, dict) else one)]
+        layer = [item for item in inner if isinstance(item, dict | list | tuple)]
+        if not layer:
+            return
+    raise PayloadError(f"the body is nested deeper than {NESTING_MAX}")
 
 
 def _decompress(payload: bytes) -> bytes:

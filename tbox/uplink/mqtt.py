@@ -228,7 +228,7 @@ class _Link:
         client.connect_timeout = settings.session.connect_deadline_ms / 1000
         client.will_set(f"{TOPIC_ROOT}/{vehicle}/state", will, qos=1, retain=True)
         if settings.username:
-            client.username_pw_set(settings.username, _password(settings))
+            client.username_pw_set(settings.username, read_password(settings))
         if tls is not None:
             client.tls_set_context(tls)
         client.on_connect = self._on_connect
@@ -334,7 +334,7 @@ class _Link:
         self._denied = code.value in DENIED_CODES
 
 
-def _password(settings: UplinkSettings) -> str:
+def read_password(settings: UplinkSettings) -> str:
     """Read the password from its file. Raises UplinkError."""
     if not settings.password_file:
         return ""
@@ -372,7 +372,7 @@ class MqttUplink:
         self._tls = (
             tls_context(settings.tls_ca, settings.tls_cert, settings.tls_key) if settings.tls else None
         )
-        _password(settings)  # a password file that cannot be read is a mistake of the start-up
+        read_password(settings)  # a password file that cannot be read is a mistake of the start-up
         self._session = Session(settings.session, port, jitter)
         self._reports: SimpleQueue[_Report] = SimpleQueue()
         self._link: _Link | None = None
