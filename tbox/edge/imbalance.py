@@ -1,0 +1,145 @@
+"""How the cells of a series stand against each other: spread, sigma, sudden drops, slow drift. No alarms.
+
+All of it is vectors over the series; the healthy path has no Python for a single cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tbox.edge.readings import NOTHING, Floats, Items, Reading, Scalar, items
+from tbox.model import NS_PER_S
+
+# OVMS discards a series whose mean moved by more than this since the one before: the load is changing.
+GRADIENT_V_MAX = 0.010
+# A cell's usual place in its series, for sudden drops: followed with this time constant, but never faster than
+# the rate, so that neither a spike nor the drop itself becomes usual while it is looked at.
+DROP_BASE_S = 30.0
+DROP_BASE_V_PER_S_MAX = 0.001
+# Drift: where a cell stands is learnt first, then followed very slowly (balancing moves it over days).
+DRIFT_LEARN_S = 30.0
+DRIFT_BASE_S = 24 * 3600.0
+# What a cell may depart from its place before the CUSUM counts: balancing holds 10 mV (LibreSolar), and
+# five sigma of all departures, which grow together with load, cold and a low state of charge.
+DRIFT_ALLOWED_V = 0.010
+DRIFT_ALLOWED_SIGMAS = 5.0
+DRIFT_FADE_S = 60.0  # a cell back in its place is forgiven with this time constant
+DRIFT_CUSUM_VS_MAX = 36.0  # 600 mV*min: further the sum does not grow, so that it can come back
+STEP_S_MAX = 1.0  # a gap in the data counts as no more than this
+GAP_S = 10.0  # after a longer one, what happened meanwhile is unknown
+SERIES_MIN = 4  # fewer cells are no series to stand against
+
+
+class Imbalance:
+    """Follows one series of cells, scan by scan. names: what each cell is called."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._t_ns: int | None = None
+        self._mean_v = np.nan
+        self._base_v: Floats = np.full(len(names), np.nan)  # each cell's deviation, of late
+        self._place_v: Floats = np.full(len(names), np.nan)  # each cell's deviation, for long
+        self._learnt_s = 0.0
+        self._cusum_vs: Floats = np.zeros(len(names))
+        self._last_v: Floats = np.full(len(names), np.nan)
+        self._still = np.zeros(len(names))
+        self.spread_v: float | None = None
+
+    def step(self, t_ns: int, cell_v: Floats, known: npt.NDArray[np.bool_]) -> dict[str, Reading]:
+        """Take a complete scan (V, and which are known); return a reading of each watch of cells."""
+        everything = bool(known.all())
+        volts = cell_v if everything else np.where(known, cell_v, np.nan)
+        cells = items(volts)
+        if cells.high < 0:
+            self.spread_v = None
+            return {"cell_voltage": cells, "cell_spread": NOTHING}
+        self.spread_v = float(volts[cells.high] - volts[cells.low])
+        readings: dict[str, Reading] = {
+            "cell_voltage": cells,
+            "cell_spread": Scalar(self.spread_v, cells.low, detail=self._spread_text(cells)),
+            "cell_still": self._standing(volts),
+        }
+        if (len(volts) if everything else int(known.sum())) >= SERIES_MIN:
+            mean_v = float(np.add.reduce(volts)) / len(volts) if everything else float(cell_v[known].mean())
+            readings |= self._against_series(t_ns, volts - mean_v, mean_v, everything)
+        return readings
+
+    def _standing(self, volts: Floats) -> Items:
+        """Count the scans in which most cells moved and one stood still to the last digit."""
+        moved = volts != self._last_v  # NaN moves too: what is unknown is not stuck
+        self._last_v = volts
+        if np.count_nonzero(moved) * 2 >= len(volts):
+            self._still += 1.0
+        self._still[moved] = 0.0
+        return items(self._still.copy())
+
+    def _spread_text(self, cells: Items) -> Callable[[int], str]:
+        def text(_: int) -> str:
+            low, high = float(cells.values[cells.low]), float(cells.values[cells.high])
+            return f"{self._names[cells.low]} {low:.3f} V, {self._names[cells.high]} {high:.3f} V"
+
+        return text
+
+    def _against_series(
+        self, t_ns: int, deviation_v: Floats, mean_v: float, everything: bool
+    ) -> dict[str, Reading]:
+        step_s = GAP_S if self._t_ns is None else max(0.0, (t_ns - self._t_ns) / NS_PER_S)
+        steady = abs(mean_v - self._mean_v) <= GRADIENT_V_MAX and step_s < GAP_S
+        self._t_ns, self._mean_v = t_ns, mean_v
+        readings: dict[str, Reading] = {"cell_deviation": NOTHING}
+        if steady:
+            readings["cell_deviation"] = self._sigma(deviation_v, everything)
+        readings["cell_drop"] = self._drop(deviation_v, step_s)
+        readings["cell_drift"] = self._drift(deviation_v, min(step_s, STEP_S_MAX), everything)
+        return readings
+
+    def _sigma(self, deviation_v: Floats, everything: bool) -> Items:
+        sigma_v = _sigma_of(deviation_v, everything)
+
+        def text(cell: int) -> str:
+            return f"{deviation_v[cell] * 1000:+.0f} mV from the mean, sigma {sigma_v * 1000:.1f} mV"
+
+        return items(np.abs(deviation_v) - sigma_v, text)
+
+    def _drop(self, deviation_v: Floats, step_s: float) -> Items:
+        """How far each cell has fallen below its usual place of late."""
+        fresh = np.isnan(self._base_v)
+        if step_s >= GAP_S or fresh.any():
+            self._base_v = np.where(fresh | (step_s >= GAP_S), deviation_v, self._base_v)
+        dropped = self._base_v - deviation_v
+        most_v = DROP_BASE_V_PER_S_MAX * step_s
+        moved = np.clip(dropped * -min(1.0, step_s / DROP_BASE_S), -most_v, most_v)
+        self._base_v = self._base_v + np.where(np.isnan(moved), 0.0, moved)
+        return items(dropped)
+
+    def _drift(self, deviation_v: Floats, step_s: float, everything: bool) -> Reading:
+        """One-sided CUSUM (Page) of each cell's distance from where it used to stand."""
+        fresh = np.isnan(self._place_v)
+        if fresh.any():
+            self._place_v = np.where(fresh, deviation_v, self._place_v)
+        departed_v = deviation_v - self._place_v
+        departed_v = departed_v if everything else np.where(np.isnan(departed_v), 0.0, departed_v)
+        if self._learnt_s < DRIFT_LEARN_S:
+            self._learnt_s += step_s
+            self._place_v = self._place_v + departed_v * (step_s / max(self._learnt_s, step_s, 1e-9))
+            return NOTHING
+        allowed_v = max(DRIFT_ALLOWED_V, DRIFT_ALLOWED_SIGMAS * _sigma_of(departed_v, True))
+        excess_v = np.abs(departed_v) - allowed_v
+        inside = excess_v <= 0.0
+        self._cusum_vs += np.where(inside, -self._cusum_vs * (step_s / DRIFT_FADE_S), excess_v * step_s)
+        np.minimum(self._cusum_vs, DRIFT_CUSUM_VS_MAX, out=self._cusum_vs)
+        self._place_v = self._place_v + np.where(inside, departed_v * (step_s / DRIFT_BASE_S), 0.0)
+
+        def text(cell: int) -> str:
+            return f"{departed_v[cell] * 1000:+.0f} mV from its place, {allowed_v * 1000:.0f} mV allowed"
+
+        return items(self._cusum_vs.copy(), text)
+
+
+def _sigma_of(deviation_v: Floats, everything: bool) -> float:
+    if not everything:
+        deviation_v = deviation_v[~np.isnan(deviation_v)]
+    return float(np.sqrt(np.dot(deviation_v, deviation_v) / len(deviation_v)))
