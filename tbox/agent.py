@@ -1,0 +1,279 @@
+"""The daemon on one page: build the stages, start, supervise, drain, stop. Read this first. Decides no more.
+
+Threads, and what each alone may touch:
+
+    can-rx-N   one a bus: reads batches and hands them to the pipeline; a full hand-over leaves them in the
+               kernel, which counts what it drops
+    pipeline   decode and edge state; encodes records; sends the frames the edge asks for
+    spool      the only one that touches SQLite (spool/runner.py)
+    uplink     the pump beside paho's own thread (uplink/mqtt.py)
+    control    one Unix socket; answers from copies or asks the owner
+    main       signals, clock, heartbeats, health records, the order of stopping
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+import tbox
+from tbox.bus.reader import open_reader
+from tbox.bus.writer import BusWriter
+from tbox.clock import Deadline, Offset, SystemClock, next_start
+from tbox.config import Config
+from tbox.control import ControlServer, Feed, Handler, Message, Stream
+from tbox.decode.database import DbcFile, load_database
+from tbox.decode.roles import RoleMap
+from tbox.decode.stage import DecodeStage
+from tbox.durable import OsStorage
+from tbox.edge.rules import RuleSet, load_rules
+from tbox.edge.stage import EdgeStage
+from tbox.errors import TboxError
+from tbox.flow import BusThread, Flow, PipelineThread, Scribe
+from tbox.health import Health, notify_systemd, process_figures
+from tbox.ledger import Ledger, StageTotals
+from tbox.model import NS_PER_S, Draft, Level, Now, Record
+from tbox.record.codec import Minter, decode_payload
+from tbox.record.privacy import PrivacyFilter, vehicle_id
+from tbox.spool.runner import SpoolRunner
+from tbox.spool.store import PreviousStart, Spool, highest_start_seen
+from tbox.uplink.mqtt import MqttUplink
+
+log = structlog.get_logger()
+
+
+def vehicle_name(config: Config) -> str:
+    """Return what stands for the vehicle in topics. Raises TboxError when the secret cannot be read."""
+    vehicle = config.vehicle
+    if vehicle.id:
+        return vehicle.id
+    try:
+        secret = Path(vehicle.secret_file).read_bytes()
+    except OSError as error:
+        raise TboxError(
+            f"cannot read the secret: {error.strerror}",
+            where=vehicle.secret_file,
+            mend="set [vehicle] secret_file",
+        ) from error
+    return vehicle_id(vehicle.vin, secret)
+
+
+def read_rules(config: Config) -> RuleSet:
+    """Return the thresholds the configuration names. Raises RuleError naming file and line."""
+    return load_rules(config.rules.chemistry, config.rules.files)
+
+
+def build_stages(config: Config, ledger: Ledger) -> tuple[DecodeStage, EdgeStage]:
+    """Load DBCs, role maps and rules. Raises TboxError for the first that a person must mend."""
+    files = [DbcFile(path, channel) for channel, bus in enumerate(config.bus) for path in bus.dbc]
+    database = load_database(files, strict=config.decode.strict)
+    for where, line, what in database.mends:
+        log.warning("dbc_mended", file=f"{where}:{line}", what=what)
+    for error in database.errors:
+        log.error("dbc_left_out", why=str(error))
+    roles = RoleMap.load(config.decode.mapping, defaults=config.decode.default_mapping)
+    decode = DecodeStage(database, roles, ledger, config.decode)
+    return decode, EdgeStage(decode.catalog, read_rules(config), config.edge, ledger)
+
+
+def _told(previous: PreviousStart) -> dict[str, Any]:
+    """Return what a start record says of the start before, and of those whose successor left no record."""
+    return {
+        "start": previous.start,
+        "last_id": previous.last_committed_id,
+        "clean": previous.clean,
+        "ledger": previous.ledger,
+        "earlier": [_told(earlier) for earlier in previous.earlier],
+    }
+
+
+class Agent:
+    """One running T-Box: `start`, then `supervise` every quarter of a second, then `stop`."""
+
+    def __init__(self, config: Config, clock: SystemClock | None = None) -> None:
+        """Build every stage. Raises TboxError for whatever a person must mend; nothing runs yet."""
+        self.config = config
+        self.clock = clock or SystemClock()
+        self.ledger = Ledger()
+        self.health = Health()
+        self.feed = Feed()
+        now, self._offset = self.clock.look()
+        self._started_ns = now.mono_ns
+        self._health_due = Deadline.after(now.mono_ns, config.device.health_s)
+
+        self.vehicle = vehicle_name(config)
+        self._buses = self.ledger.stage("bus", "frames")
+        decode, edge = build_stages(config, self.ledger)
+        self._control = ControlServer(config.control_socket, self._handlers())
+        self._open_spool(now)
+
+        readers = [open_reader(bus, channel) for channel, bus in enumerate(config.bus)]
+        writers = [BusWriter(reader, bus.allow) for reader, bus in zip(readers, config.bus, strict=True)]
+        self.pipeline = PipelineThread(
+            Flow(decode, edge, self.scribe), writers, self.keep, self.clock.now, self.health.heart("pipeline")
+        )
+        self.buses = [
+            BusThread(reader, self.pipeline.inbox, self.health.heart(f"can-rx-{reader.channel}"))
+            for reader in readers
+        ]
+        self.uplink = MqttUplink(
+            config.uplink, self.vehicle, self.runner,
+            start=self.start_number, last_id=lambda: self.minter.last_id,
+        )  # fmt: skip
+
+    def _open_spool(self, now: Now) -> None:
+        """Raise the start number, open the spool, and make this start's first record."""
+        config = self.config
+        directory = config.device.state_directory
+        seen = highest_start_seen(config.spool_directory)
+        self.start_number = next_start(OsStorage(), directory, seen=seen)
+        privacy = PrivacyFilter(config.privacy, random.SystemRandom().random)
+        self.minter = Minter(self.start_number, self.vehicle, privacy, guard=threading.Lock())
+        self.scribe = Scribe(self.minter, privacy, self.ledger.stage("record", "records"))
+        self.spool = Spool.open(
+            config.spool_directory, config.spool, start=self.start_number, now=now, ledger=self.ledger,
+            mint=lambda draft: self.scribe.record(draft, self.clock.now()),
+        )  # fmt: skip
+        self.runner = SpoolRunner(
+            self.spool, self.clock.now, self.health.heart("spool"), config.spool.tick_ms
+        )
+        body = {
+            "event": "start",
+            "start": self.start_number,
+            "version": tbox.__version__,
+            "previous": None if self.spool.previous is None else _told(self.spool.previous),
+        }
+        first = Draft("event", Level.INFO, now.mono_ns, body)
+        self.runner.append(self.scribe.records([first], now))
+
+    # --- life -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self.runner.start()
+        self.pipeline.start()
+        for bus in self.buses:
+            bus.start()
+        self.uplink.start()
+        self._control.start()
+        notify_systemd("READY=1")
+        log.info(
+            "started",
+            start=self.start_number,
+            vehicle=self.vehicle,
+            buses=[b.reader.name for b in self.buses],
+        )
+
+    def supervise(self) -> bool:
+        """Look after clock, threads and health records; return False when the daemon must restart."""
+        now, offset = self.clock.look()
+        self._tell_offset(offset)
+        if self._failed() or not self.uplink.alive:
+            return False
+        self.health.heart("uplink").beats = self.uplink.beat
+        if not (stalled := self.health.stalled(now.mono_ns)):
+            notify_systemd("WATCHDOG=1")
+        else:
+            log.error("stalled", threads=stalled)
+        if self._health_due.passed(now.mono_ns):
+            self._health_due = Deadline.after(now.mono_ns, self.config.device.health_s)
+            self.tell("health", **self.figures())
+        return True
+
+    def reload(self) -> None:
+        """Take the thresholds anew (SIGHUP). A bad file is refused and told; the old ones go on."""
+        try:
+            rules = read_rules(self.config)
+        except TboxError as error:
+            log.error("reload_refused", why=str(error))
+            self.tell("event", event="reload", ok=False, why=str(error))
+            return
+        self.pipeline.ask(lambda flow: flow.edge.reload(rules))
+        log.info("reloaded")
+        self.tell("event", event="reload", ok=True)
+
+    def stop(self, drain_s: float) -> None:
+        """Drain and stop in the order of the flow; what cannot be sent in `drain_s` stays in the spool."""
+        notify_systemd("STOPPING=1")
+        log.info("stopping")
+        for bus in self.buses:
+            bus.stop()
+        self.pipeline.stop()
+        totals = self.totals()
+        self.tell("event", event="stop", ledger=totals)
+        self.uplink.stop(drain_s)
+        self.runner.stop()
+        clean = not self._failed()
+        self.spool.close(self.clock.now(), clean=clean, ledger_totals=totals)
+        self._control.close()
+        log.info("stopped", clean=clean)
+
+    def _failed(self) -> bool:
+        failures = [bus.failure for bus in self.buses] + [self.pipeline.failure, self.runner.failure]
+        return any(failure is not None for failure in failures)
+
+    # --- records --------------------------------------------------------------------------------------
+
+    def keep(self, records: Sequence[Record]) -> None:
+        """Hand records to the spool, and a glimpse of them to whoever tails."""
+        self.runner.append(records)
+        self.uplink.wake()
+        if self.feed.wanted:
+            for record in records:
+                self.feed.publish(decode_payload(record.payload))
+
+    def tell(self, kind: str, **body: Any) -> None:
+        """Keep one record of the system itself."""
+        now = self.clock.now()
+        self.keep(self.scribe.records([Draft(kind, Level.INFO, now.mono_ns, body)], now))
+
+    def _tell_offset(self, offset: Offset | None) -> None:
+        """Say that the wall clock was set or jumped; the first time after the start record."""
+        for change in filter(None, (self._offset, offset)):
+            self.tell(
+                "event", event="offset", wall_ns=change.wall_ns, step_ns=change.step_ns,
+                quality=change.quality.name.lower(), first=change.first,
+            )  # fmt: skip
+        self._offset = None
+
+    # --- answers --------------------------------------------------------------------------------------
+
+    def totals(self) -> dict[str, StageTotals]:
+        """Return the ledger with the buses' own counts in it."""
+        counters = [bus.reader.counters() for bus in self.buses]
+        self._buses.into = sum(c.into for c in counters)
+        self._buses.out = sum(c.out for c in counters)
+        self._buses.dropped.clear()
+        for c in counters:
+            self._buses.dropped.update({cause: n for cause, n in c.dropped.items() if n})
+        return self.ledger.snapshot()
+
+    def figures(self) -> dict[str, Any]:
+        """Return what health records and `tbox status` show of the process itself."""
+        return {
+            "uptime_s": (self.clock.mono_ns() - self._started_ns) // NS_PER_S,
+            "process": process_figures(),
+            "ledger": self.totals(),
+            "bus": {bus.reader.name: bus.reader.counters() for bus in self.buses},
+            "spool": self.runner.call(Spool.stat),
+            "uplink": self.uplink.status(),
+        }
+
+    def _handlers(self) -> dict[str, Handler]:
+        def status(_message: Message) -> Message:
+            return {
+                "version": tbox.__version__,
+                "vehicle": self.vehicle,
+                "start": self.start_number,
+                "edge": self.pipeline.ask(lambda flow: flow.edge.status()),
+                **self.figures(),
+            }
+
+        def tail(_message: Message) -> Stream:
+            return self.feed.subscribe(self._control.stopped)
+
+        return {"status": status, "tail": tail, "spool-stat": lambda _m: self.runner.call(Spool.stat)}

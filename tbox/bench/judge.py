@@ -1,0 +1,210 @@
+"""The judge of a ride: holds what was counted at both ends against what the agent says. It runs nothing.
+
+Frames are counted where they were written, records where they were received. The agent's own counters are
+checked against these and never used in their place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tbox.model import NS_PER_S, Level
+from tbox.record.proof import ProofResult
+
+LIVE_LATENCY_S_MAX = 5.0  # a window of one second, a poll, and a loaded machine
+ALARM_LATENCY_S_MAX = 5.0
+GAP_TOLERANCE_S = 5.0
+
+
+class Claim(NamedTuple):
+    """One line of the proof. holds None: told for information, nothing hangs on it."""
+
+    text: str
+    counted: str
+    holds: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One record as the subscriber got it, duplicates left out."""
+
+    wall_ns: int
+    record: dict[str, Any]
+
+    @property
+    def latency_s(self) -> float | None:
+        """Seconds from what the record tells of to its arrival; None where its wall time is unset."""
+        return None if self.record["wall"] is None else (self.wall_ns - self.record["wall"]) / NS_PER_S
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that a ride left behind, from both ends and from the vehicle's own truth."""
+
+    frames_written: int
+    frames_unwritten: int
+    arrivals: Sequence[Arrival]
+    proof: ProofResult
+    cut_wall_ns: tuple[int, int]
+    faults: frozenset[str]
+    contactors_opened: int
+    exit_code: int | None
+    expected_rules: frozenset[str] = field(default_factory=frozenset)
+
+
+def judge(evidence: Evidence) -> list[Claim]:
+    """Return the proof, claim by claim."""
+    stop = _stop_ledger(evidence.arrivals)
+    return [
+        *_frames(evidence, stop),
+        *_records(evidence, stop),
+        *_alarms(evidence),
+        *_link(evidence),
+        Claim("the daemon stopped in order", f"exit {evidence.exit_code}", evidence.exit_code == 0),
+    ]
+
+
+def holds(claims: Sequence[Claim]) -> bool:
+    """Whether every claim that something hangs on holds."""
+    return all(claim.holds is not False for claim in claims)
+
+
+def _stop_ledger(arrivals: Sequence[Arrival]) -> dict[str, Any]:
+    """Return the ledger in the last stop record that arrived; {} when none did."""
+    ledgers = [a.record["body"]["ledger"] for a in arrivals if a.record["body"].get("event") == "stop"]
+    return ledgers[-1] if ledgers else {}
+
+
+def _frames(evidence: Evidence, stop: dict[str, Any]) -> list[Claim]:
+    decode = stop.get("decode", {"into": 0, "out": 0, "dropped": {}})
+    dropped = decode["dropped"]
+    unknown, malformed = dropped.get("unknown", 0), dropped.get("malformed", 0)
+    accounted = decode["out"] + unknown + malformed
+    written = evidence.frames_written
+    lost = sum(n for stage in stop.values() for n in stage["dropped"].values() if stage["unit"] == "frames")
+    causes = Counter(
+        {f"{name}: {cause}": n for name, stage in stop.items() for cause, n in stage["dropped"].items()}
+    )
+    said = ", ".join(f"{n} {cause}" for cause, n in sorted(causes.items())) or "nothing"
+    return [
+        Claim(
+            "frames written on the bus = decoded + unknown + malformed",
+            f"{written} = {decode['out']} + {unknown} + {malformed}",
+            written > 0 and written == accounted and evidence.frames_unwritten == 0,
+        ),
+        Claim("frames dropped anywhere", str(lost), lost == 0),
+        Claim("the agent's ledger, by cause (samples refused, windows)", said, bool(stop)),
+    ]
+
+
+def _records(evidence: Evidence, stop: dict[str, Any]) -> list[Claim]:
+    proof = evidence.proof
+    minted = stop.get("record", {"out": -1})["out"]
+    # The stop record carries the ledger and so cannot count itself; what follows it was told after it.
+    last = proof.starts[-1].last if proof.starts else 0
+    return [
+        Claim(
+            "records received = ids given out",
+            f"{proof.received} of {last}, {proof.duplicates} twice, {proof.missing_unexplained} missing",
+            proof.ok and proof.received == last and proof.missing_explained == 0,
+        ),
+        Claim("records the agent says it made before the stop record", f"{minted}", minted == last - 1),
+    ]
+
+
+def _alarms(evidence: Evidence) -> list[Claim]:
+    raised: Counter[str] = Counter()
+    cleared: Counter[str] = Counter()
+    texts: dict[str, str] = {}
+    for arrival in evidence.arrivals:
+        body = arrival.record["body"]
+        if arrival.record["kind"] == "alarm" and "alarm" in body:
+            raised[body["alarm"]] += body["event"] == "raise"
+            cleared[body["alarm"]] += body["event"] == "clear"
+            if body["event"] == "raise":
+                texts.setdefault(body["alarm"], body["text"])
+    missing = evidence.expected_rules - set(raised)
+    claims = [
+        Claim(
+            "every fault was told as an alarm",
+            f"faults: {_names(evidence.faults)}; alarms: {_names(+raised)}",
+            not missing and bool(raised) == bool(evidence.faults),
+        ),
+        Claim(
+            "alarms raised / cleared",
+            "; ".join(f"{rule} {raised[rule]}/{cleared[rule]}" for rule in sorted(raised)) or "none",
+            None,
+        ),
+    ]
+    claims += [Claim(f"  {rule}", text, None) for rule, text in sorted(texts.items())]
+    if evidence.expected_rules:
+        claims.append(
+            Claim(
+                "the BMS heard the isolation request and opened the contactors",
+                f"{evidence.contactors_opened} times",
+                evidence.contactors_opened >= 1,
+            )
+        )
+    return claims
+
+
+def _link(evidence: Evidence) -> list[Claim]:
+    begin, end = evidence.cut_wall_ns
+    cut_s = (end - begin) / NS_PER_S
+    walls = sorted(a.wall_ns for a in evidence.arrivals)
+    longest_ns = max((b - a for a, b in itertools.pairwise(walls)), default=0)
+    live = [
+        a.latency_s
+        for a in evidence.arrivals
+        if a.record["kind"] == "telemetry"
+        and a.record["wall"] is not None
+        and not begin - GAP_TOLERANCE_S * NS_PER_S <= a.record["wall"] <= end + GAP_TOLERANCE_S * NS_PER_S
+    ]
+    after = [a for a in evidence.arrivals if a.wall_ns >= end and a.record["wall"] is not None]
+    backlog = [i for i, a in enumerate(after) if a.record["wall"] < end and a.record["level"] < Level.ALARM]
+    fresh = [i for i, a in enumerate(after) if a.record["wall"] >= end and a.record["kind"] == "telemetry"]
+    alarms = [a.latency_s for a in evidence.arrivals if a.record["level"] >= Level.ALARM]
+    told = [a for a in after if a.record["level"] >= Level.ALARM and begin <= a.record["wall"] < end]
+    first_alarm_s = min(((a.wall_ns - end) / NS_PER_S for a in told), default=None)
+    return [
+        Claim(
+            "the gap: link cut silently / silence at the subscriber",
+            f"{cut_s:.1f} s / {longest_ns / NS_PER_S:.1f} s",
+            cut_s > 0 and longest_ns / NS_PER_S >= cut_s - GAP_TOLERANCE_S,
+        ),
+        Claim(
+            "live goes before backlog",
+            f"{sum(1 for i in backlog if fresh and i > fresh[0])} of {len(backlog)} came after live",
+            bool(backlog) and bool(fresh) and fresh[0] < backlog[-1],
+        ),
+        Claim("latency of live records", _spread(live), bool(live) and _median(live) < LIVE_LATENCY_S_MAX),
+        Claim("latency of alarm records (those of the gap include it)", _spread(alarms), None),
+        Claim(
+            "alarms of the gap arrived after coverage returned in",
+            "-" if first_alarm_s is None else f"{first_alarm_s:.1f} s",
+            None if first_alarm_s is None else True,
+        ),
+    ]
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _median(values: Sequence[float | None]) -> float:
+    return statistics.median(v for v in values if v is not None)
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = sorted(v for v in values if v is not None)
+    if not known:
+        return "none"
+    high = known[min(len(known) - 1, int(len(known) * 0.95))]
+    return (
+        f"median {statistics.median(known):.2f} s, 95 % {high:.2f} s, most {known[-1]:.2f} s ({len(known)})"
+    )

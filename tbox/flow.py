@@ -1,0 +1,188 @@
+"""bus → decode → edge → records: the one way through, and the threads that run it. Opens nothing.
+
+`Flow` knows no thread and no clock, so the virtual-time world runs the very same steps as the daemon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import structlog
+
+from tbox.bus.spec import BusReader
+from tbox.bus.writer import BusWriter
+from tbox.clock import Deadline
+from tbox.decode.stage import DecodeStage
+from tbox.edge.stage import EdgeStage
+from tbox.errors import TboxError
+from tbox.health import Heart
+from tbox.ledger import StageLedger
+from tbox.model import CanSend, Draft, FrameBatch, Now, Record, SampleBatch
+from tbox.record.codec import Minter, PayloadTooLargeError
+from tbox.record.privacy import PrivacyFilter
+from tbox.threads import Ask
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+HANDOVER_BATCHES_MAX = 256  # a full hand-over leaves the frames in the kernel, which counts what it drops
+RX_WAIT_S = 0.1
+RX_DRAIN_S = 1.0
+PIPELINE_WAKE_S = 0.1
+
+NO_SAMPLES = SampleBatch(
+    np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float64), np.empty(0, np.uint8)
+)
+
+
+class Scribe:
+    """Turns drafts into records, from any thread: consent first, then the id, then the bytes, all counted."""
+
+    def __init__(self, minter: Minter, privacy: PrivacyFilter, account: StageLedger) -> None:
+        self._minter, self._privacy, self._account = minter, privacy, account
+        self._lock = threading.Lock()
+
+    def records(self, drafts: Sequence[Draft], now: Now) -> list[Record]:
+        """Return the records of the drafts that may leave; the others are counted by cause."""
+        kept = []
+        for draft in drafts:
+            with self._lock:
+                self._account.into += 1
+            cause = "consent"
+            if self._privacy.admits(draft):
+                try:
+                    kept.append(self.record(draft, now))
+                    continue
+                except PayloadTooLargeError as error:
+                    cause = "too_large"
+                    log.error("record_too_large", kind=draft.kind, why=str(error))
+            with self._lock:
+                self._account.drop(cause)
+        return kept
+
+    def record(self, draft: Draft, now: Now) -> Record:
+        """Return the record of a draft that needs no consent. Raises PayloadTooLargeError."""
+        record = self._minter.mint(draft, now)
+        with self._lock:
+            self._account.out += 1
+        return record
+
+
+class Flow:
+    """bus → decode → edge → records, without thread or clock, for the daemon and virtual time."""
+
+    def __init__(self, decode: DecodeStage, edge: EdgeStage, scribe: Scribe) -> None:
+        self.decode, self.edge, self.scribe = decode, edge, scribe
+
+    def step(self, now: Now, batch: FrameBatch | None) -> tuple[list[Record], list[CanSend]]:
+        """Take the frames of one bus, None when only time passed; return what to keep and what to send."""
+        samples = self.decode.step(now, batch) if batch is not None else NO_SAMPLES
+        output = self.edge.step(now, samples, batch)
+        return self.scribe.records(output.drafts, now), output.sends
+
+    def flush(self, now: Now) -> list[Record]:
+        """Close what is open: windows, journeys, captures."""
+        return self.scribe.records(self.edge.flush(now).drafts, now)
+
+
+class BusThread:
+    """Reads one bus into the pipeline's hand-over."""
+
+    def __init__(self, reader: BusReader, inbox: queue.Queue[FrameBatch | Ask[Any]], heart: Heart) -> None:
+        self.reader = reader
+        self._inbox = inbox
+        self._heart = heart
+        self._stopping = threading.Event()
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"can-rx-{reader.channel}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Hand over what the bus has received so far, then end."""
+        self._stopping.set()
+        self._thread.join()
+        self.reader.close()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._read(RX_WAIT_S)
+                self._heart.beat()
+            drained = Deadline.after(time.monotonic_ns(), RX_DRAIN_S)
+            while self._read(0.0) and not drained.passed(time.monotonic_ns()):
+                pass
+        except BaseException as error:
+            self.failure = error
+            log.exception("bus_thread_died", bus=self.reader.name)
+
+    def _read(self, wait_s: float) -> bool:
+        batch = self.reader.recv_batch(wait_s)
+        if batch is not None:
+            self._inbox.put(batch)
+        return batch is not None
+
+
+class PipelineThread:
+    """Owns the Flow: takes batches in, hands records to the spool and frames to the writers."""
+
+    def __init__(
+        self, flow: Flow, writers: Sequence[BusWriter], keep: Callable[[Sequence[Record]], None],
+        now: Callable[[], Now], heart: Heart,
+    ) -> None:  # fmt: skip
+        self.inbox: queue.Queue[FrameBatch | Ask[Any]] = queue.Queue(HANDOVER_BATCHES_MAX)
+        self._flow, self._writers, self._keep = flow, writers, keep
+        self._now, self._heart = now, heart
+        self._stopping = threading.Event()
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def ask(self, work: Callable[[Flow], T]) -> T:
+        """Run `work` in the pipeline's thread and return what it returns, or raise what it raises."""
+        ask = Ask(lambda: work(self._flow))
+        self.inbox.put(ask)
+        return ask.wait()
+
+    def stop(self) -> None:
+        """Work off what was handed over, close what is open, end. Called when no bus thread is left."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not (self._stopping.is_set() and self.inbox.empty()):
+                self._step()
+                self._heart.beat()
+            self._keep(self._flow.flush(self._now()))
+        except BaseException as error:
+            self.failure = error
+            log.exception("pipeline_thread_died")
+
+    def _step(self) -> None:
+        item: FrameBatch | Ask[Any] | None = None
+        with contextlib.suppress(queue.Empty):
+            item = self.inbox.get(timeout=PIPELINE_WAKE_S)
+        if isinstance(item, Ask):
+            item.run()
+            return
+        records, sends = self._flow.step(self._now(), item)
+        self._keep(records)
+        for frame in sends:
+            self._send(frame)
+
+    def _send(self, frame: CanSend) -> None:
+        try:
+            self._writers[frame.channel].send(frame)
+        except TboxError as error:
+            log.warning("frame_not_sent", can_id=hex(frame.can_id), why=str(error))
