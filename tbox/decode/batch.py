@@ -84,6 +84,10 @@ class Decoder:
         fallback = self._cantools(frames, lengths, plan) if self._any_fallback else []
         return Decoded(plan, short, frame, row, raw, value, fallback)
 
+    def raw(self, frames: npt.NDArray[np.void], frame: IntArray, row: IntArray) -> IntArray:
+        """Return raw values by (index into frames, table row)."""
+        return self._raw(_words(np.ascontiguousarray(frames)), frame, row)
+
     def _plans(
         self, channel: int, ids: IntArray, lengths: npt.NDArray[np.uint8], words: npt.NDArray[np.uint64]
     ) -> IntArray:

@@ -27,7 +27,7 @@ _HINTS: tuple[tuple[str, str, str], ...] = (
     ("soh", r"soh|state_?of_?health", r"lim|12v"),
     ("isolation_resistance", r"(iso|insul|riso)", r"err|fault|warn|flag|enable|monitor"),
     ("coolant_temperature", r"(cool|inlet).*temp|temp.*cool", r"motor|inv|target|req"),
-    ("speed", r"(veh|car|ui).*speed|^speed|speed.*(kph|kmh)", r"wheel|motor|fan|unit|check|count|wiper|cruise"),
+    ("speed", r"(veh|car|ui).*speed|^speed|speed.*(kph|kmh)", r"wheel|motor|fan|unit|check|count|wiper"),
     ("motor_speed", r"(mot|rotor|axle).*(speed|rpm)|speed_signed|rpm", r"fan|pump|wheel|lim|target|desired"),
     ("motor_temperature", r"(motor|stator|rotor).*temp", r"lim|cool"),
     ("odometer", r"odo", r"trip"),

@@ -63,10 +63,10 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
@@ -216,6 +216,7 @@ class Binding:
     glitch: float | None = None
     invalid_flag: str = ""
     invalid_when: tuple[int, ...] = ()
+    shipped: bool = False  # by the mapping shipped with tbox, which may not fit everything that has its names
 
 
 UNBOUND = Binding()
@@ -228,6 +229,15 @@ class _Rule:
     rule: SignalRule
     pattern: re.Pattern[str]
     where: str
+    shipped: bool
+
+
+class Protection(NamedTuple):
+    """The `[[message]]` entry that holds for a message, where it stands, and whether tbox ships it."""
+
+    rule: MessageRule
+    where: str
+    shipped: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +245,7 @@ class RoleMap:
     """All mapping files in force, in order of precedence."""
 
     _signals: tuple[_Rule, ...] = ()
-    _messages: tuple[tuple[MessageRule, str], ...] = field(default=())
+    _messages: tuple[Protection, ...] = ()
 
     @classmethod
     def load(cls, files: Sequence[str] = (), *, defaults: bool = True) -> RoleMap:
@@ -247,14 +257,14 @@ class RoleMap:
     def parse(cls, texts: Sequence[tuple[str, str]]) -> RoleMap:
         """The same from (text, file name) pairs."""
         signals: list[_Rule] = []
-        messages: list[tuple[MessageRule, str]] = []
+        messages: list[Protection] = []
         for text, path in texts:
             mapping = toml.parse(text, Mapping, path)
             signals += [_compile(rule, text, path, n) for n, rule in enumerate(mapping.signal)]
             for n, message in enumerate(mapping.message):
                 where = f"{path}:{toml.line_of(text, ['message', n])}"
                 _check_message(message, where)
-                messages.append((message, where))
+                messages.append(Protection(message, where, path == str(DEFAULT_MAP)))
         return cls(tuple(signals), tuple(messages))
 
     def bind(self, message: str, signal: str, unit: str, channel: int) -> Binding:
@@ -270,14 +280,18 @@ class RoleMap:
             if found and _glob(rule.message, message):
                 if rule.ignore:
                     return UNBOUND
-                return _bind(rule, found, f"{message}.{signal}", unit, entry.where)
+                try:
+                    return _bind(entry, found, f"{message}.{signal}", unit)
+                except MappingError:
+                    if not entry.shipped:
+                        raise
         return UNBOUND
 
-    def protection(self, message: str, channel: int) -> tuple[MessageRule, str] | None:
-        """Return the first `[[message]]` entry for a message and where it stands, None when there is none."""
-        for rule, where in self._messages:
-            if rule.channel in (None, channel) and _glob(rule.message, message):
-                return rule, where
+    def protection(self, message: str, channel: int) -> Protection | None:
+        """Return the first `[[message]]` entry for a message, None when there is none."""
+        for entry in self._messages:
+            if entry.rule.channel in (None, channel) and _glob(entry.rule.message, message):
+                return entry
         return None
 
 
@@ -308,7 +322,7 @@ def _compile(rule: SignalRule, text: str, path: str, n: int) -> _Rule:
     if rule.range is not None and not rule.range[0] < rule.range[1]:
         raise refuse("range", "the range is empty", "write [low, high]")
     where = f"{path}:{toml.line_of(text, ['signal', n])}"
-    return _Rule(rule, pattern, where)
+    return _Rule(rule, pattern, where, path == str(DEFAULT_MAP))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -331,7 +345,8 @@ def _check_message(rule: MessageRule, where: str) -> None:
         )
 
 
-def _bind(rule: SignalRule, found: re.Match[str], name: str, unit: str, where: str) -> Binding:
+def _bind(entry: _Rule, found: re.Match[str], name: str, unit: str) -> Binding:
+    rule, where = entry.rule, entry.where
     groups = {key: text for key, text in found.groupdict().items() if text is not None}
     index_weights = rule.index_weights or ({"index": 1} if "index" in groups else {})
     module_weights = rule.module_weights or ({"module": 1} if "module" in groups else {})
@@ -359,6 +374,7 @@ def _bind(rule: SignalRule, found: re.Match[str], name: str, unit: str, where: s
         glitch=rule.glitch,
         invalid_flag=rule.invalid_flag.format_map(groups),
         invalid_when=tuple(rule.invalid_when),
+        shipped=entry.shipped,
     )
 
 

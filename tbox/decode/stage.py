@@ -35,7 +35,7 @@ class DecodeStage:
         self._table = table
         self._fold(bindings)
         self._decoder = Decoder(table)
-        self._judge = Judge(table, bindings, roles, self.catalog, settings)
+        self._judge = Judge(self._decoder, bindings, roles, self.catalog, settings)
         self._wanted = None if settings.unmapped else np.array([bool(s.role or s.vss) for s in self.catalog])
         self._frames = ledger.stage("decode", "frames")
         self._samples = ledger.stage("validity", "samples")
@@ -49,6 +49,8 @@ class DecodeStage:
         """Decode and judge one batch. Never raises for what the frames hold."""
         n = len(batch)
         decoded = self._decoder.decode(batch.channel, batch.frames)
+        if decoded.fallback:
+            decoded = self._merge(batch, decoded)
         unknown = int(np.count_nonzero(decoded.plan == UNKNOWN_PLAN))
         malformed = int(np.count_nonzero(decoded.plan == MALFORMED_PLAN))
         self._frames.into += n
@@ -56,8 +58,6 @@ class DecodeStage:
         self._frames.drop("unknown", unknown)
         self._frames.drop("malformed", malformed)
         self.short += int(np.count_nonzero(decoded.short))
-        if decoded.fallback:
-            decoded = self._merge(decoded)
         value, validity = self._judge.judge(batch, decoded)
         column = self._table.column.take(decoded.row)
         samples = SampleBatch(batch.t_ns.take(decoded.frame), column, value, validity)
@@ -85,7 +85,7 @@ class DecodeStage:
         self._factor = np.array([b.factor for b in bindings], np.float64)
         self._offset = np.array([b.offset for b in bindings], np.float64)
 
-    def _merge(self, decoded: Decoded) -> Decoded:
+    def _merge(self, batch: FrameBatch, decoded: Decoded) -> Decoded:
         """Put what cantools decoded between the table's samples, in the order of the frames."""
         table = self._table
         frame: list[int] = []
@@ -104,17 +104,19 @@ class DecodeStage:
         rows_ = np.array(row, np.int64)
         column = table.column.take(rows_)
         values = np.array(value, np.float64) * self._factor.take(column) + self._offset.take(column)
-        return _interleave(decoded, frames, rows_, values)
+        raw = self._decoder.raw(batch.frames, frames, rows_)
+        return _interleave(decoded, frames, rows_, raw, values)
 
 
-def _interleave(decoded: Decoded, frame: IntArray, row: IntArray, value: npt.NDArray[np.float64]) -> Decoded:
+def _interleave(
+    decoded: Decoded, frame: IntArray, row: IntArray, raw: IntArray, value: npt.NDArray[np.float64]
+) -> Decoded:
     frames = np.concatenate((decoded.frame, frame))
     order = np.argsort(frames, kind="stable")
-    raw = np.concatenate((decoded.raw, np.zeros(len(frame), np.int64)))
     return decoded._replace(
         frame=frames[order],
         row=np.concatenate((decoded.row, row))[order],
-        raw=raw[order],
+        raw=np.concatenate((decoded.raw, raw))[order],
         value=np.concatenate((decoded.value, value))[order],
     )
 

@@ -156,10 +156,14 @@ class _Compiler:
             return self._plan(index, self._fallback_rows(index), str(reason))
 
     def _fallback_rows(self, index: int) -> range:
-        """Rows without bits, so that what cantools decodes has columns and validity like everything else."""
+        """Rows for what cantools decodes, with bits where they can be said: for columns and validity."""
         first = len(self.bits)
-        for signal in self.table.definitions[index].message.signals:
-            self.bits.append(_Bits(0, 0, 0, 0, False, 0, KIND_INT))
+        message = self.table.definitions[index].message
+        for signal in message.signals:
+            try:
+                self.bits.append(locate(signal, message.length))
+            except NotInTable:
+                self.bits.append(_Bits(0, 0, 0, 0, False, 0, KIND_INT))
             self._row(index, signal, (1.0, 0.0, False))
         return range(first, len(self.bits))
 

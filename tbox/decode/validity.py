@@ -1,4 +1,8 @@
-"""Judges samples before any threshold sees them. Changes no value, drops none."""
+"""Judges samples before any threshold sees them. Drops none; all travel on with their validity.
+
+What is wrong with a whole frame (CRC, counter) outranks a signal's own flag, then SNA, range, an incomplete
+multiplexer cycle and, last, a spike.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,37 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tbox.decode.batch import Decoded
+from tbox.decode.batch import Decoded, Decoder
 from tbox.decode.database import DecodeSettings
-from tbox.decode.roles import Binding, RoleMap
-from tbox.decode.table import SignalTable
-from tbox.model import FrameBatch, Signal
+from tbox.decode.guard import NEVER_NS, FrameGuard
+from tbox.decode.roles import Binding, MappingError, RoleMap
+from tbox.decode.sentinels import Limits, limits_of
+from tbox.decode.table import KIND_INT, IntArray, SignalTable
+from tbox.model import NS_PER_MS, FrameBatch, SampleBatch, Signal, Validity
+
+Codes = npt.NDArray[np.uint8]
+
+# Steps larger than these between two samples, undone by the next, are spikes: in the role's unit. Wide enough
+# for load steps; a real step is accepted with its second sample. Roles that may jump have none.
+GLITCH_STEPS: dict[str, float] = {
+    "cell_voltage": 0.5,
+    "cell_voltage_min": 0.5,
+    "cell_voltage_max": 0.5,
+    "probe_temperature": 10.0,
+    "temperature_min": 10.0,
+    "temperature_max": 10.0,
+    "coolant_temperature": 10.0,
+    "ambient_temperature": 10.0,
+    "motor_temperature": 30.0,
+    "pack_voltage": 60.0,
+    "soc": 5.0,
+    "soh": 5.0,
+    "speed": 30.0,
+    "odometer": 10.0,
+    "low_voltage": 5.0,
+}
+NO_RAW = -(1 << 63)
+GLITCH_MEMORY_NS = 3_000 * NS_PER_MS  # a value this old says nothing about the next
 
 
 class Judge:
@@ -19,16 +49,308 @@ class Judge:
 
     def __init__(
         self,
-        table: SignalTable,
+        decoder: Decoder,
         bindings: Sequence[Binding],
         roles: RoleMap,
         catalog: Sequence[Signal],
         settings: DecodeSettings,
     ) -> None:
+        """Raises MappingError when a mapping asks for a signal that is not there."""
+        table = decoder.table
         self._table = table
+        self.guard = FrameGuard(decoder, roles, settings.counter_gap_ms)
+        self._limits = _LimitTable(table, bindings)
+        self._flags = _FlagTable(decoder, bindings)
+        self._codes = _CodeTable(table, bindings)
+        self._cycles = _MuxCycles(table, catalog, settings) if settings.mux_cycle else None
+        self._spikes = _Spikes(catalog, bindings) if settings.glitch else None
+
+    def judge(self, batch: FrameBatch, decoded: Decoded) -> tuple[npt.NDArray[np.float64], Codes]:
+        """Return the values, enum codes put in their place, and their validity."""
+        code = self._limits.judge(decoded)
+        value = self._codes.apply(decoded, code)
+        self._flags.judge(batch, decoded, code)
+        of_frame = self.guard.judge(batch, decoded)
+        if of_frame is not None and of_frame.any():
+            of_sample = of_frame.take(decoded.frame)
+            np.copyto(code, of_sample, where=of_sample != 0)
+        if self._cycles is not None:
+            self._cycles.judge(batch, decoded, of_frame, code)
+        if self._spikes is not None:
+            self._spikes.judge(batch, decoded, self._table, value, code)
+        return value, code
+
+
+class _LimitTable:
+    """SNA and range, by row: one comparison for most samples, a closer look at the few that fail it."""
+
+    def __init__(self, table: SignalTable, bindings: Sequence[Binding]) -> None:
+        columns = [limits_of(signal, bindings[n]) for n, (_, signal) in enumerate(table.columns)]
+        rows = [columns[column] for column in table.column.tolist()]
+        exact = [_by_raw(table, n) for n in range(len(rows))]
+        self._sna = _padded([limits.sna for limits in rows])
+        self._low, self._span = _spans(rows, exact)
+        self._low_value = np.array([limits.value_low for limits in rows])
+        self._high_value = np.array([limits.value_high for limits in rows])
+        # Rows with an SNA value among their readings; rows judged by value (floats, what cantools decoded).
+        self._inside = np.array([any(r.low <= raw <= r.high for raw in r.sna) for r in rows], np.bool_)
+        self._by_value = ~np.array(exact, np.bool_)
+        self._any_by_value = bool(self._by_value.any())
+        self._any_inside = bool(self._inside.any())
+
+    def judge(self, decoded: Decoded) -> Codes:
+        row, raw = decoded.row, decoded.raw
+        code = np.zeros(len(row), np.uint8)
+        outside = np.flatnonzero((raw - self._low.take(row)).view(np.uint64) > self._span.take(row))
+        if len(outside):
+            code[outside] = np.where(self._is_sna(row[outside], raw[outside]), Validity.SNA, Validity.RANGE)
+        if self._any_inside:
+            at = np.flatnonzero(self._inside.take(row))
+            code[at[self._is_sna(row[at], raw[at])]] = Validity.SNA
+        if self._any_by_value:
+            at = np.flatnonzero(self._by_value.take(row))
+            value, its_row = decoded.value[at], row[at]
+            wrong = ~((value >= self._low_value.take(its_row)) & (value <= self._high_value.take(its_row)))
+            code[at] = np.where(wrong, np.where(np.isnan(value), Validity.SNA, Validity.RANGE), 0)
+        return code
+
+    def _is_sna(self, row: IntArray, raw: IntArray) -> npt.NDArray[np.bool_]:
+        found: npt.NDArray[np.bool_] = (self._sna[row] == raw[:, None]).any(axis=1)
+        return found
+
+
+def _padded(sets: Sequence[frozenset[int]]) -> IntArray:
+    """Return the sets as rows of one array, filled up with a value no int of the table takes."""
+    table = np.full((len(sets), max((len(s) for s in sets), default=0)), NO_RAW, np.int64)
+    for n, values in enumerate(sets):
+        table[n, : len(values)] = sorted(values)
+    return table
+
+
+def _by_raw(table: SignalTable, row: int) -> bool:
+    """Whether a row's raw value is known exactly and is an int64: it has bits, and not 64 unsigned ones."""
+    mask, half = int(table.mask[row]), int(table.half[row])
+    return bool(table.kind[row] == KIND_INT and mask and (half or mask < 1 << 63))
+
+
+def _spans(rows: Sequence[Limits], exact: Sequence[bool]) -> tuple[IntArray, npt.NDArray[np.uint64]]:
+    """Return low and high − low: one unsigned comparison says whether a raw value lies between."""
+    low = [r.low if ok and r.low <= r.high else 0 for r, ok in zip(rows, exact, strict=True)]
+    span = [max(0, r.high - r.low) if ok else (1 << 64) - 1 for r, ok in zip(rows, exact, strict=True)]
+    return np.array(low, np.int64), np.array(span, np.uint64)
+
+
+class _FlagTable:
+    """A BMS's own invalid flags: signals that refuse others of their frame (foxBMS: one for each cell)."""
+
+    def __init__(self, decoder: Decoder, bindings: Sequence[Binding]) -> None:
+        table = decoder.table
+        self._decoder = decoder
+        self._flag = np.full(len(table.column), -1, np.int64)
+        self._refuses: dict[int, tuple[int, ...]] = {}  # flag row -> raw values; empty: all but 0
+        for plan in table.plan_info:
+            names = {table.row_info[row].signal.name: row for row in plan.rows}
+            for row in plan.rows:
+                binding = bindings[table.column[row]]
+                if binding.invalid_flag in names:
+                    self._flag[row] = names[binding.invalid_flag]
+                    self._refuses[names[binding.invalid_flag]] = binding.invalid_when
+        self._refuse_missing(table, bindings)
+        self._any = bool((self._flag >= 0).any())
+        self._special = {row for row, values in self._refuses.items() if values}
+
+    def _refuse_missing(self, table: SignalTable, bindings: Sequence[Binding]) -> None:
+        served = set(table.column[self._flag >= 0].tolist())
+        for column, binding in enumerate(bindings):
+            if binding.invalid_flag and column not in served and not binding.shipped:
+                index, signal = table.columns[column]
+                name = f"{table.definitions[index].message.name}.{signal.name}"
+                raise MappingError(
+                    f"{name} has no flag {binding.invalid_flag!r} beside it",
+                    where=table.definitions[index].where,
+                    mend="correct invalid_flag in the mapping",
+                )
+
+    def judge(self, batch: FrameBatch, decoded: Decoded, code: Codes) -> None:
+        if not self._any:
+            return
+        flag = self._flag.take(decoded.row)
+        at = np.flatnonzero(flag >= 0)
+        if not len(at):
+            return
+        frame, flag = decoded.frame[at], flag[at]
+        raw = self._decoder.raw(batch.frames, frame, flag)
+        refused = raw != 0
+        for row in self._special.intersection(flag.tolist()):
+            mine = flag == row
+            refused[mine] = np.isin(raw[mine], self._refuses[row])
+        cut_off = self._table_need(flag) > np.minimum(batch.frames["len"][frame], 64)
+        code[at[refused | cut_off]] = Validity.FLAGGED
+
+    def _table_need(self, row: IntArray) -> npt.NDArray[np.uint8]:
+        return self._decoder.table.need_bytes.take(row)
+
+
+class _CodeTable:
+    """Enums that a mapping translates to a role's codes."""
+
+    def __init__(self, table: SignalTable, bindings: Sequence[Binding]) -> None:
+        self._map: dict[int, dict[int, float]] = {
+            row: dict(bindings[column].values)
+            for row, column in enumerate(table.column.tolist())
+            if bindings[column].values
+        }
+        self._mapped = np.zeros(len(table.column), np.bool_)
+        self._mapped[list(self._map)] = True
+
+    def apply(self, decoded: Decoded, code: Codes) -> npt.NDArray[np.float64]:
+        value = decoded.value
+        if not self._map:
+            return value
+        for n in np.flatnonzero(self._mapped.take(decoded.row)).tolist():
+            known = self._map[int(decoded.row[n])].get(int(decoded.raw[n]))
+            if known is None:
+                code[n] = Validity.SNA
+            else:
+                value[n] = known
+        return value
+
+
+class _MuxCycles:
+    """Multiplexed messages whose pages carry roles: nothing of them counts before a page has come twice.
+
+    Which pages a vehicle sends is not in the DBC, so a cycle is known to be complete when it begins anew.
+    """
+
+    def __init__(self, table: SignalTable, catalog: Sequence[Signal], settings: DecodeSettings) -> None:
+        self._of_plan = np.full(len(table.plan_info), -1, np.int64)
+        paged = {table.plan_info[p].definition for p in np.flatnonzero(table.selector_row >= 0).tolist()}
+        for plan, info in enumerate(table.plan_info):
+            bound = any(
+                catalog[table.column[row]].role and table.row_info[row].signal.multiplexer_ids is not None
+                for row in info.rows
+            )
+            if bound and info.definition in paged:
+                self._of_plan[plan] = info.definition
+        self._any = bool((self._of_plan >= 0).any())
+        self._role = np.array([bool(s.role) for s in catalog], np.bool_)
+        self._column = table.column
+        self._gap_ns = settings.counter_gap_ms * NS_PER_MS
+        self._seen: dict[int, set[int]] = {}
+        self._whole: set[int] = set()
+        self._last_ns: dict[int, int] = {}
+
+    def judge(self, batch: FrameBatch, decoded: Decoded, of_frame: Codes | None, code: Codes) -> None:
+        if not self._any:
+            return
+        message = self._of_plan.take(decoded.plan)
+        early = np.zeros(len(message), np.bool_)
+        for definition in np.unique(message[message >= 0]).tolist():
+            frames = np.flatnonzero(message == definition)
+            self._follow(definition, frames, batch, decoded, of_frame, early)
+        if early.any():
+            bound = self._role.take(self._column.take(decoded.row))
+            code[early.take(decoded.frame) & bound & (code == 0)] = Validity.MUX
+
+    def _follow(
+        self,
+        definition: int,
+        frames: IntArray,
+        batch: FrameBatch,
+        decoded: Decoded,
+        of_frame: Codes | None,
+        early: npt.NDArray[np.bool_],
+    ) -> None:
+        first_ns, last_ns = int(batch.t_ns[frames[0]]), int(batch.t_ns[frames[-1]])
+        if first_ns - self._last_ns.get(definition, first_ns) > self._gap_ns:
+            self._whole.discard(definition)
+            self._seen.pop(definition, None)
+        self._last_ns[definition] = last_ns
+        if definition in self._whole:
+            return
+        seen = self._seen.setdefault(definition, set())
+        for frame in frames.tolist():
+            page = int(decoded.plan[frame])
+            if of_frame is not None and of_frame[frame]:
+                continue
+            if page in seen:
+                self._whole.add(definition)
+                del self._seen[definition]
+                return
+            seen.add(page)
+            early[frame] = True
+
+
+class _Spikes:
+    """Single-sample spikes: far from both samples before. A real step is confirmed by its second sample."""
+
+    def __init__(self, catalog: Sequence[Signal], bindings: Sequence[Binding]) -> None:
+        self._step = np.array(
+            [
+                binding.glitch if binding.glitch is not None else GLITCH_STEPS.get(signal.role, 0.0)
+                for signal, binding in zip(catalog, bindings, strict=True)
+            ]
+        )
+        self._one_before = np.full(len(catalog), np.nan)
+        self._two_before = np.full(len(catalog), np.nan)
+        self._last_ns = np.full(len(catalog), NEVER_NS, np.int64)
 
     def judge(
-        self, batch: FrameBatch, decoded: Decoded
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
-        """Return the values and their validity."""
-        return decoded.value, np.zeros(len(decoded.value), np.uint8)
+        self,
+        batch: FrameBatch,
+        decoded: Decoded,
+        table: SignalTable,
+        value: npt.NDArray[np.float64],
+        code: Codes,
+    ) -> None:
+        column = table.column.take(decoded.row)
+        at = np.flatnonzero((self._step.take(column) > 0) & ((code == 0) | (code == Validity.MUX)))
+        if not len(at):
+            return
+        at = at[np.argsort(column[at], kind="stable")]
+        column, v, t_ns = column[at], value[at], batch.t_ns.take(decoded.frame[at])
+        first = np.r_[True, column[1:] != column[:-1]]
+        second = np.r_[False, first[:-1]] & ~first
+        stale = t_ns - self._last_ns.take(column) > GLITCH_MEMORY_NS
+        kept_one = np.where(stale, np.nan, self._one_before.take(column))
+        kept_two = np.where(stale, np.nan, self._two_before.take(column))
+        one = np.where(first, kept_one, np.r_[np.nan, v[:-1]])
+        two = np.where(first, kept_two, np.where(second, kept_one, np.r_[np.nan, np.nan, v[:-2]][: len(v)]))
+        step = self._step.take(column)
+        spike = (np.abs(v - one) > step) & ~(np.abs(v - two) <= step)
+        code[at[spike & (code[at] == 0)]] = Validity.GLITCH
+        last = np.r_[first[1:], True]
+        self._one_before[column[last]], self._two_before[column[last]] = v[last], one[last]
+        self._last_ns[column[last]] = t_ns[last]
+
+
+# --- staleness ----------------------------------------------------------------------------------------
+
+
+class Freshness:
+    """How old each column's last valid sample is, and whether it still counts. A core beside the stage."""
+
+    def __init__(self, catalog: Sequence[Signal], settings: DecodeSettings) -> None:
+        self.limit_ns = stale_after_ns(catalog, settings)
+        self._last_ns = np.full(len(catalog), NEVER_NS, np.int64)
+
+    def see(self, samples: SampleBatch) -> None:
+        valid = samples.validity == Validity.VALID
+        np.maximum.at(self._last_ns, samples.column[valid], samples.t_ns[valid])
+
+    def fresh(self, mono_ns: int) -> npt.NDArray[np.bool_]:
+        """Return for every column whether it has a valid sample that is not stale."""
+        fresh: npt.NDArray[np.bool_] = self._last_ns >= np.maximum(mono_ns - self.limit_ns, NEVER_NS + 1)
+        return fresh
+
+
+def stale_after_ns(catalog: Sequence[Signal], settings: DecodeSettings) -> IntArray:
+    """Return the age at which each column is stale: so many cycles of its message, within bounds."""
+
+    def limit_ms(signal: Signal) -> int:
+        if not signal.cycle_ms:
+            return settings.stale_ms_max
+        cycles_ms = signal.cycle_ms * settings.stale_cycles
+        return min(max(cycles_ms, settings.stale_ms_min), settings.stale_ms_max)
+
+    return np.array([limit_ms(signal) * NS_PER_MS for signal in catalog], np.int64)

@@ -1,0 +1,252 @@
+"""Judges whole frames by their alive counter and CRC. Changes no frame and looks at no value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tbox.decode.batch import Decoded, Decoder
+from tbox.decode.crc import (
+    E2E_P1,
+    E2E_P1_COUNTER_VALUES,
+    E2E_P5,
+    E2E_P5_COUNTER_VALUES,
+    CrcInput,
+    CrcModel,
+    CrcTable,
+)
+from tbox.decode.database import Definition
+from tbox.decode.roles import MappingError, MessageRule, RoleMap
+from tbox.decode.table import IntArray, NotInTable, SignalTable, first_bit, locate
+from tbox.model import NS_PER_MS, FrameBatch, Validity
+
+NEVER_NS = -(1 << 62)
+
+
+@dataclass(frozen=True, slots=True)
+class _Protection:
+    """One protected message: where its CRC and counter are, and what the CRC runs over."""
+
+    definition: int
+    crc_signal: Any
+    crc_input: CrcInput | None
+    counter_signal: Any
+    modulo: int
+
+
+class FrameGuard:
+    """Counters and CRCs of all protected messages, and the state they take.
+
+    lost: frames that must have been lost, by message name. bad_crc, stuck, duplicate: frames.
+    """
+
+    def __init__(self, decoder: Decoder, roles: RoleMap, gap_ms: int) -> None:
+        """Raises MappingError where the mapping asks for what a message does not have."""
+        table = decoder.table
+        protections = _protections(table, roles)
+        self._decoder = decoder
+        self._gap_ns = gap_ms * NS_PER_MS
+        self._names = [table.definitions[p.definition].message.name for p in protections]
+        self._of_plan = _plan_index(table, [p.definition for p in protections])
+        self._length = np.array(
+            [table.definitions[p.definition].message.length for p in protections], np.uint8
+        )
+        self._fields = _FieldReader([p.crc_signal for p in protections], table, protections)
+        self._counters = _FieldReader([p.counter_signal for p in protections], table, protections)
+        self._crc_table = CrcTable([p.crc_input or _NO_CRC for p in protections])
+        self._has_crc = np.array([p.crc_input is not None for p in protections], np.bool_)
+        self._has_counter = np.array([p.counter_signal is not None for p in protections], np.bool_)
+        self._modulo = np.array([max(1, p.modulo) for p in protections], np.int64)
+        self._last = np.zeros(len(protections), np.int64)
+        self._last_ns = np.full(len(protections), NEVER_NS, np.int64)
+        self._last_payload = np.zeros((len(protections), 64), np.uint8)
+        self.lost: dict[str, int] = {}
+
+    def judge(self, batch: FrameBatch, decoded: Decoded) -> npt.NDArray[np.uint8] | None:
+        """Return the validity of each frame (0: nothing against it); None when no frame is protected."""
+        message = self._of_plan.take(decoded.plan)
+        at = np.flatnonzero(message >= 0)
+        if not len(at):
+            return None
+        message = message[at]
+        payload = batch.frames["data"][at]
+        code = np.zeros(len(at), np.uint8)
+        length = np.minimum(batch.frames["len"][at], 64)
+        whole = length >= self._length.take(message)
+        self._check_crc(message, payload, whole, code)
+        good = np.flatnonzero((code == 0) & whole & self._has_counter.take(message))
+        if len(good):
+            code[good] = self._check_counter(message[good], payload[good], batch.t_ns[at[good]])
+        frames = np.zeros(len(batch), np.uint8)
+        frames[at] = code
+        return frames
+
+    def _check_crc(
+        self,
+        message: IntArray,
+        payload: npt.NDArray[np.uint8],
+        whole: npt.NDArray[np.bool_],
+        code: npt.NDArray[np.uint8],
+    ) -> None:
+        """A frame that is cut short cannot be proved: that is a wrong CRC too."""
+        checked = self._has_crc.take(message)
+        wrong = self._crc_table.crcs(message, payload) != self._fields.read(message, payload)
+        code[checked & (wrong | ~whole)] = Validity.CRC
+
+    def _check_counter(
+        self, message: IntArray, payload: npt.NDArray[np.uint8], t_ns: IntArray
+    ) -> npt.NDArray[np.uint8]:
+        """Compare each counter with the one before it in its message, in this batch or an earlier one."""
+        order = np.argsort(message, kind="stable")
+        message, payload, t_ns = message[order], payload[order], t_ns[order]
+        counter = self._counters.read(message, payload).astype(np.int64)
+        first = np.r_[True, message[1:] != message[:-1]]
+        before = np.where(first, self._last.take(message), np.r_[0, counter[:-1]])
+        before_ns = np.where(first, self._last_ns.take(message), np.r_[0, t_ns[:-1]])
+        same = np.empty(len(message), np.bool_)
+        same[1:] = (payload[1:] == payload[:-1]).all(axis=1)
+        same[first] = (payload[first] == self._last_payload[message[first]]).all(axis=1)
+        modulo = self._modulo.take(message)
+        fresh = (before_ns == NEVER_NS) | (t_ns - before_ns > self._gap_ns)
+        step = (counter - before) % modulo
+        code = np.zeros(len(message), np.uint8)
+        code[(step == 0) & ~fresh] = Validity.COUNTER
+        code[(step == 0) & ~fresh & same] = Validity.DUPLICATE
+        code[counter >= modulo] = Validity.COUNTER
+        self._count_lost(message, np.where(fresh | (code != 0), 0, step - 1))
+        last = np.r_[first[1:], True]
+        self._last[message[last]] = counter[last]
+        self._last_ns[message[last]] = t_ns[last]
+        self._last_payload[message[last]] = payload[last]
+        unsorted = np.empty_like(code)
+        unsorted[order] = code
+        return unsorted
+
+    def _count_lost(self, message: IntArray, lost: IntArray) -> None:
+        for n in np.flatnonzero(lost > 0).tolist():
+            name = self._names[message[n]]
+            self.lost[name] = self.lost.get(name, 0) + int(lost[n])
+
+
+_NO_CRC = CrcInput(CrcModel(8, 0, 0, 0), b"", 0, range(0), b"")
+
+
+class _FieldReader:
+    """Reads one unsigned field of each protected message from its payload."""
+
+    def __init__(
+        self, signals: Sequence[Any], table: SignalTable, protections: Sequence[_Protection]
+    ) -> None:
+        bits = [
+            locate(signal, table.definitions[p.definition].message.length) if signal is not None else None
+            for signal, p in zip(signals, protections, strict=True)
+        ]
+        self._byte = np.array([b.byte if b else 0 for b in bits], np.int64)
+        self._shift = np.array([b.shift if b else 0 for b in bits], np.uint64)
+        self._mask = np.array([b.mask if b else 0 for b in bits], np.uint64)
+        self._big = np.array([bool(b and b.big) for b in bits], np.bool_)
+
+    def read(self, message: IntArray, payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+        flat = np.ascontiguousarray(payload)
+        words: npt.NDArray[np.uint64] = np.ndarray(
+            (max(0, flat.size - 7),), "<u8", buffer=flat.data, strides=(1,)
+        )
+        word = words[np.arange(len(message)) * 64 + self._byte.take(message)]
+        big = np.flatnonzero(self._big.take(message))
+        word[big] = word[big].byteswap()
+        field: npt.NDArray[np.uint64] = (word >> self._shift.take(message)) & self._mask.take(message)
+        return field
+
+
+def _plan_index(table: SignalTable, definitions: list[int]) -> IntArray:
+    """Return for every plan which protected message it belongs to, -1 for none."""
+    number = {definition: n for n, definition in enumerate(definitions)}
+    return np.array([number.get(plan.definition, -1) for plan in table.plan_info], np.int64)
+
+
+def _protections(table: SignalTable, roles: RoleMap) -> list[_Protection]:
+    found = []
+    for index, definition in enumerate(table.definitions):
+        entry = roles.protection(definition.message.name, definition.channel)
+        if entry is None:
+            continue
+        try:
+            found.append(_protection(index, definition, entry.rule, entry.where))
+        except MappingError:
+            if not entry.shipped:
+                raise
+    return found
+
+
+def _protection(index: int, definition: Definition, rule: MessageRule, where: str) -> _Protection:
+    message = definition.message
+    counter = _field(message, rule.counter, where) if rule.counter else None
+    crc = _field(message, rule.crc, where) if rule.crc and rule.profile != "counter" else None
+    modulo = rule.counter_modulo or (1 << counter.length if counter is not None else 1)
+    if rule.counter_modulo is None and rule.profile == "e2e-p1":
+        modulo = E2E_P1_COUNTER_VALUES
+    if rule.counter_modulo is None and rule.profile == "e2e-p5":
+        modulo = E2E_P5_COUNTER_VALUES
+    crc_input = _crc_input(definition, rule, crc, where) if crc is not None else None
+    return _Protection(index, crc, crc_input, counter, modulo)
+
+
+def _field(message: Any, name: str, where: str) -> Any:
+    try:
+        signal = message.get_signal_by_name(name)
+        locate(signal, message.length)
+    except KeyError:
+        raise MappingError(
+            f"message {message.name} has no signal {name!r}", where=where, mend="correct crc or counter"
+        ) from None
+    except NotInTable as reason:
+        raise MappingError(str(reason), where=where, mend="choose another signal") from None
+    return signal
+
+
+def _crc_input(definition: Definition, rule: MessageRule, crc: Any, where: str) -> CrcInput:
+    message = definition.message
+    model = {"e2e-p1": E2E_P1, "e2e-p5": E2E_P5}.get(
+        rule.profile, CrcModel(8, rule.poly, rule.init, rule.xor_out, rule.reflect)
+    )
+    first = first_bit(crc)
+    if first % 8 or crc.length != model.width:
+        raise MappingError(
+            f"{message.name}.{crc.name} does not fill {model.width // 8} whole bytes",
+            where=where,
+            mend=f"name a signal of {model.width} bits on a byte boundary",
+        )
+    at_start = rule.profile == "e2e-p1" or (rule.profile == "crc8" and rule.data_id_at == "start")
+    width = 2 if rule.profile.startswith("e2e") else rule.data_id_bytes
+    data_id = _data_id(definition, rule, width, where)
+    can_id = definition.can_id.to_bytes(4, "little")[:2] if rule.include_can_id else b""
+    return CrcInput(
+        model=model,
+        before=can_id + (data_id if at_start else b""),
+        payload_bytes=int(message.length),
+        left_out=range(first // 8, first // 8 + model.width // 8),
+        after=b"" if at_start else data_id,
+    )
+
+
+def _data_id(definition: Definition, rule: MessageRule, width: int, where: str) -> bytes:
+    """Return the data id, low byte first."""
+    number = rule.data_id
+    if number is None:
+        return b""
+    if number == "can_id":
+        number = int(definition.message.frame_id)
+    elif isinstance(number, str):
+        attributes = definition.message.dbc.attributes or {} if definition.message.dbc else {}
+        if number not in attributes:
+            raise MappingError(
+                f"message {definition.message.name} has no attribute {number!r}",
+                where=where,
+                mend="give data_id as a number or 'can_id'",
+            )
+        number = int(attributes[number].value)
+    return (number & ((1 << 8 * width) - 1)).to_bytes(width, "little")
