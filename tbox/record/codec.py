@@ -387,7 +387,8 @@ def _expand_all(packed: object) -> list[dict[str, Any]]:
 def _expand(series: Series) -> dict[str, Any]:
     signals: dict[str, list[float | None]] = {}
     for column in series.columns:
-        value = column.raw * column.scale + column.offset
+        with np.errstate(all="ignore"):  # a scale that overflows is the sender's; inf says so
+            value = column.raw * column.scale + column.offset
         if column.scale and np.isfinite(column.scale):
             digits = int(np.clip(3 - np.floor(np.log10(abs(column.scale))), 0, 15))
             value = np.round(value, digits)
