@@ -75,9 +75,9 @@ def pragmas(quota_bytes: int) -> list[str]:
     pages_max = (quota_bytes + HARD_CAP_SPARE_BYTES) // PAGE_BYTES
     return [
         f"page_size={PAGE_BYTES}",
+        "synchronous=FULL",  # NORMAL loses commits at a power cut
         "locking_mode=EXCLUSIVE",  # nobody else opens a live spool; also no shared-memory file
         "journal_mode=WAL",
-        "synchronous=FULL",  # NORMAL loses commits at a power cut
         "secure_delete=OFF",  # Debian turns it on; rows are sealed anyway
         f"wal_autocheckpoint={WAL_CHECKPOINT_PAGES}",
         f"max_page_count={pages_max}",

@@ -64,7 +64,7 @@ class IdRanges:
 
 
 class TokenBucket:
-    """Lets `rate` units a second through, at most `burst` at once; a clock that stands still gives nothing."""
+    """Lets `rate` units a second through, at most `burst` at once; a clock at a standstill gives nothing."""
 
     def __init__(self, rate_per_s: int, burst: int) -> None:
         self._rate_per_s = rate_per_s

@@ -72,11 +72,12 @@ def version(connection: Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
-def bring_up(connection: Connection, where: str, migrations: Sequence[Migration] = MIGRATIONS) -> None:
+def bring_up(connection: Connection, where: str, migrations: Sequence[Migration] | None = None) -> None:
     """Make the tables of a new spool or add the steps that an older one lacks, each in one transaction.
 
     Raises SpoolSchemaError for a spool of a family this release does not know.
     """
+    migrations = MIGRATIONS if migrations is None else migrations
     found = version(connection)
     if found and found // FAMILY_SIZE != FAMILY:
         raise SpoolSchemaError(

@@ -49,7 +49,7 @@ READ_BYTES_MAX = 1024 * 1024  # payload read from flash in one offer
 READ_ROWS_MAX = 256
 EVICT_ROWS_READ = 256
 # Pages the drop record and the tables' inner nodes may still need after an eviction.
-EVICTION_HEADROOM_BYTES = 16 * 1024
+EVICTION_HEADROOM_BYTES = 8 * 1024
 SWEEP_ROWS_PER_TICK = 256  # rows looked at for their age
 COUNT_ROWS_AT_OPEN = 8192  # backlog of earlier starts counted before the first tick
 COUNT_ROWS_PER_TICK = 2048
@@ -336,7 +336,7 @@ class Spool:
         """Make the record that tells a loss. It has alarm priority, so that it outlives what it tells of."""
         record = self._mint(Draft("event", Level.ALARM, now.mono_ns, dropped.body()))
         self.append([record])
-        log.warning("spool_dropped", **{**dropped.body(), "event": "spool_dropped"})
+        log.warning("spool_dropped", cause=dropped.cause, count=dropped.count, bytes=dropped.bytes)
         return record
 
     # --- eviction -------------------------------------------------------------------------------------
