@@ -107,6 +107,10 @@ def frames_of(packed: Iterable[bytes]) -> npt.NDArray[np.void]:
     return np.frombuffer(bytearray(b"".join(packed)), dtype=FRAME_DTYPE)
 
 
+# KEEP[n] is 1 for the first n bytes of a payload: what is behind them is whatever was there before.
+KEEP = (np.arange(DATA_BYTES_MAX) < np.arange(DATA_BYTES_MAX + 1)[:, None]).astype(np.uint8)
+
+
 def count_errors(ids: npt.NDArray[np.uint32], counts: dict[str, int]) -> None:
     """Add error frames to the counts of each class they carry ("other" where they name none)."""
     for can_id in ids.tolist():

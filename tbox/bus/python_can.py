@@ -14,10 +14,11 @@ import numpy.typing as npt
 import structlog
 
 from tbox.bus.backoff import Backoff
-from tbox.bus.frames import count_errors, frames_of, message_of, pack_message
+from tbox.bus.frames import frames_of, message_of, pack_message
+from tbox.bus.intake import Intake
 from tbox.bus.local import LocalBus
 from tbox.bus.spec import BATCH_FRAMES_MAX, BusCounters, BusError, BusSpec
-from tbox.model import CAN_ERR_FLAG, CAN_RTR_FLAG, NS_PER_MS, NS_PER_S, BusState, CanSend, FrameBatch
+from tbox.model import NS_PER_MS, NS_PER_S, BusState, CanSend, FrameBatch
 
 log = structlog.get_logger()
 
@@ -59,11 +60,11 @@ class PythonCanReader:
         self.channel = channel
         self._spec = spec
         self._mono_ns = mono_ns
-        self._counters = BusCounters()
+        self._intake = Intake(channel)
+        self._counters = self._intake.counters
         self._backoff = Backoff()
         self._closed = threading.Event()
         self._bus: can.BusABC | None = None
-        self._last_ns = 0
         self._before = {"dropped_in": 0, "malformed": 0}  # of the bus before it was reopened
         self._opened_once = False
         if spec.interface not in can.VALID_INTERFACES:
@@ -85,7 +86,7 @@ class PythonCanReader:
         except DRIVER_ERRORS as error:
             self._lose(error)
             return None
-        return self._batch(frames, t_ns) if len(frames) else None
+        return self._intake.batch(frames, t_ns, self._mono_ns())
 
     def _gather(
         self, bus: can.BusABC, timeout_s: float
@@ -140,23 +141,6 @@ class PythonCanReader:
         now_ns, wall_ns = self._mono_ns(), time.time_ns()
         age_ns = wall_ns - np.rint(stamps_s * NS_PER_S).astype(np.int64)
         return now_ns - np.where(np.abs(age_ns) > STAMP_AGE_NS_MAX, 0, age_ns)
-
-    def _batch(self, frames: npt.NDArray[np.void], t_ns: npt.NDArray[np.int64]) -> FrameBatch | None:
-        """Count and leave out error and remote frames; times never run backwards nor into the future."""
-        ids = frames["id"]
-        error = (ids & CAN_ERR_FLAG) != 0
-        remote = ((ids & CAN_RTR_FLAG) != 0) & ~error
-        plain = ~(error | remote)
-        if not plain.all():
-            self._counters.errors += int(error.sum())
-            self._counters.remote += int(remote.sum())
-            count_errors(ids[error], self._counters.error_frames)
-            frames, t_ns = frames[plain], t_ns[plain]
-        if not len(frames):
-            return None
-        t_ns = np.maximum.accumulate(np.clip(t_ns, self._last_ns, max(self._last_ns, self._mono_ns())))
-        self._last_ns = int(t_ns[-1])
-        return FrameBatch(self.channel, frames, t_ns)
 
     # --- sending ----------------------------------------------------------------------------------
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -114,7 +113,8 @@ class BusCounters:
         }
 
     def copy(self) -> BusCounters:
-        return deepcopy(self)
+        """Return a copy of its own; any thread may ask."""
+        return replace(self, error_frames=dict(self.error_frames))
 
 
 class BusReader(Protocol):
