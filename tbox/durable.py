@@ -201,6 +201,11 @@ class TwoCopies:
         if newest is not None and self._read_one(path) == newest:
             path = self._paths[(sequence + 1) % 2]
         existed = self._storage.exists(path)
+        if existed and self._read_one(path) is None:
+            # What is left of a torn copy may bear this very sequence number: a tear of the new copy at
+            # the same place could complete it, and a value that never counted would come to life.
+            self._storage.truncate(path, 0)
+            self._storage.fsync(path)
         raw = frame(sequence, payload)
         self._storage.write(path, raw)
         self._storage.fsync(path)

@@ -1,7 +1,7 @@
-"""The boot loader of the simulator and supervisor on a Pi: lives outside the slots, believes boot control only.
+"""The boot loader of the simulator and supervisor on a Pi; it lives outside the slots and never writes one.
 
 `choose` picks what may start and is the secure boot: signed metadata, digest from the medium, counters.
-`Supervisor` unpacks, starts, watches and falls back. It never writes a slot and never loops when both are bad.
+`Supervisor` unpacks, starts, watches and falls back. When both slots are bad it says so and ends; no loop.
 """
 
 from __future__ import annotations
