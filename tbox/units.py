@@ -59,7 +59,7 @@ class UnitError(TboxError):
 
 
 class Quantity(NamedTuple):
-    """value in the unit asked for; shown: the unit it was written in; one shown unit = `factor` of the other."""
+    """value in the unit asked for; shown: the unit it was written in, one of which is `factor` of that."""
 
     value: float
     shown: str

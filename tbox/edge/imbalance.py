@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tbox.edge.readings import NOTHING, Floats, Items, Reading, Scalar, items
-from tbox.model import NS_PER_S
+from tbox.model import NS_PER_MS, NS_PER_S
 
 # OVMS discards a series whose mean moved by more than this since the one before: the load is changing.
 GRADIENT_V_MAX = 0.010
-# A cell's usual place in its series, for sudden drops: followed with this time constant, but never faster than
-# the rate, so that neither a spike nor the drop itself becomes usual while it is looked at.
+# A cell's usual place in its series, for sudden drops: followed with this time constant, but never faster
+# than the rate, so that neither a spike nor the drop itself becomes usual while it is looked at.
 DROP_BASE_S = 30.0
 DROP_BASE_V_PER_S_MAX = 0.001
 # Drift: where a cell stands is learnt first, then followed very slowly (balancing moves it over days).
@@ -28,7 +28,9 @@ DRIFT_ALLOWED_V = 0.010
 DRIFT_ALLOWED_SIGMAS = 5.0
 DRIFT_FADE_S = 60.0  # a cell back in its place is forgiven with this time constant
 DRIFT_CUSUM_VS_MAX = 36.0  # 600 mV*min: further the sum does not grow, so that it can come back
-STEP_S_MAX = 1.0  # a gap in the data counts as no more than this
+STEP_S_MAX = 2.0  # a gap in the data counts as no more than this
+SLOW_NS = 900 * NS_PER_MS  # sigma and drift are looked at once a second
+STILL_NS_MIN = 180 * NS_PER_MS  # what stands still, five times a second
 GAP_S = 10.0  # after a longer one, what happened meanwhile is unknown
 SERIES_MIN = 4  # fewer cells are no series to stand against
 
@@ -38,7 +40,7 @@ class Imbalance:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self._t_ns: int | None = None
+        self._done_ns: dict[str, int] = {}
         self._mean_v = np.nan
         self._base_v: Floats = np.full(len(names), np.nan)  # each cell's deviation, of late
         self._place_v: Floats = np.full(len(names), np.nan)  # each cell's deviation, for long
@@ -52,16 +54,17 @@ class Imbalance:
         """Take a complete scan (V, and which are known); return a reading of each watch of cells."""
         everything = bool(known.all())
         volts = cell_v if everything else np.where(known, cell_v, np.nan)
-        cells = items(volts)
+        cells = items(volts, both=True)
         if cells.high < 0:
             self.spread_v = None
             return {"cell_voltage": cells, "cell_spread": NOTHING}
-        self.spread_v = float(volts[cells.high] - volts[cells.low])
+        self.spread_v = cells.highest - cells.lowest
         readings: dict[str, Reading] = {
             "cell_voltage": cells,
             "cell_spread": Scalar(self.spread_v, cells.low, detail=self._spread_text(cells)),
-            "cell_still": self._standing(volts),
         }
+        if self._due(t_ns, "still", STILL_NS_MIN) is not None:
+            readings["cell_still"] = self._standing(volts)
         if (len(volts) if everything else int(known.sum())) >= SERIES_MIN:
             mean_v = float(np.add.reduce(volts)) / len(volts) if everything else float(cell_v[known].mean())
             readings |= self._against_series(t_ns, volts - mean_v, mean_v, everything)
@@ -78,23 +81,33 @@ class Imbalance:
 
     def _spread_text(self, cells: Items) -> Callable[[int], str]:
         def text(_: int) -> str:
-            low, high = float(cells.values[cells.low]), float(cells.values[cells.high])
-            return f"{self._names[cells.low]} {low:.3f} V, {self._names[cells.high]} {high:.3f} V"
+            low, high = self._names[cells.low], self._names[cells.high]
+            return f"{low} {cells.lowest:.3f} V, {high} {cells.highest:.3f} V"
 
         return text
 
     def _against_series(
         self, t_ns: int, deviation_v: Floats, mean_v: float, everything: bool
     ) -> dict[str, Reading]:
-        step_s = GAP_S if self._t_ns is None else max(0.0, (t_ns - self._t_ns) / NS_PER_S)
-        steady = abs(mean_v - self._mean_v) <= GRADIENT_V_MAX and step_s < GAP_S
-        self._t_ns, self._mean_v = t_ns, mean_v
-        readings: dict[str, Reading] = {"cell_deviation": NOTHING}
-        if steady:
-            readings["cell_deviation"] = self._sigma(deviation_v, everything)
-        readings["cell_drop"] = self._drop(deviation_v, step_s)
-        readings["cell_drift"] = self._drift(deviation_v, min(step_s, STEP_S_MAX), everything)
+        readings: dict[str, Reading] = {}
+        step_s = self._due(t_ns, "drop", 0)
+        if step_s is not None:
+            readings["cell_drop"] = self._drop(deviation_v, step_s)
+        step_s = self._due(t_ns, "slow", SLOW_NS)
+        if step_s is not None:
+            steady = abs(mean_v - self._mean_v) <= GRADIENT_V_MAX and step_s < GAP_S
+            self._mean_v = mean_v
+            readings["cell_deviation"] = self._sigma(deviation_v, everything) if steady else NOTHING
+            readings["cell_drift"] = self._drift(deviation_v, min(step_s, STEP_S_MAX), everything)
         return readings
+
+    def _due(self, t_ns: int, what: str, period_ns: int) -> float | None:
+        """Return the seconds since `what` was last done if that is at least its period, else None."""
+        last_ns = self._done_ns.get(what)
+        if last_ns is not None and 0 <= t_ns - last_ns < period_ns:
+            return None
+        self._done_ns[what] = t_ns
+        return GAP_S if last_ns is None else max(0.0, (t_ns - last_ns) / NS_PER_S)
 
     def _sigma(self, deviation_v: Floats, everything: bool) -> Items:
         sigma_v = _sigma_of(deviation_v, everything)

@@ -7,13 +7,13 @@ passes a limit, and then only at those that do.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tbox.edge.alarms import Alarm, History, State, Told, draft_of
-from tbox.edge.readings import NO_ITEM, Items, Scalar
+from tbox.edge.readings import NO_ITEM, Items, Reading, Scalar
 from tbox.edge.rules import Rule
 from tbox.model import Draft, Level
 
@@ -34,7 +34,7 @@ class Judge:
         self._alarms: dict[int, Alarm] = {}
         self._histories: dict[int, History] = {}
         self._sign = rule.ladder.sign
-        self._first_limit = rule.ladder.bands[0].limit
+        self._outward_limit = self._sign * rule.ladder.bands[0].limit
         self._place = NO_ITEM  # which item the pack's alarm last pointed at
         self._detail: dict[int, tuple[str, str]] = {}  # item -> its name and detail at the last look
 
@@ -58,13 +58,24 @@ class Judge:
 
     # --- looking at readings ------------------------------------------------------------------------------
 
-    def scalar(self, t_ns: int, reading: Scalar, shift: float, context: dict[str, Any]) -> list[Draft]:
-        """Judge one value of the pack."""
-        value = reading.value
-        if not self._alarms and (
-            value is None or not self._sign * value - shift >= self._sign * self._first_limit
-        ):
+    def judge(self, t_ns: int, reading: Reading, shift: float, context: Callable[[], Any]) -> list[Draft]:
+        """Hold a reading against the rule. shift: by how much the limits stand further out just now."""
+        if isinstance(reading, Scalar):
+            outermost = reading.value
+            if not self._alarms and (
+                outermost is None or not self._sign * outermost - shift >= self._outward_limit
+            ):
+                return []
+            if self.rule.item:
+                return self.unknown(t_ns, context())
+            return self._scalar(t_ns, reading, shift, context())
+        outermost = reading.highest if self._sign > 0 else reading.lowest
+        if not self._alarms and not self._sign * outermost - shift >= self._outward_limit:
             return []
+        return self._items(t_ns, reading, shift, context())
+
+    def _scalar(self, t_ns: int, reading: Scalar, shift: float, context: dict[str, Any]) -> list[Draft]:
+        value = reading.value
         alarm = self._alarm(NO_ITEM, PACK_KEY)
         told = alarm.step(t_ns, value, shift)
         if value is not None:
@@ -73,14 +84,7 @@ class Judge:
                 self._place = reading.item
         return self._told([(alarm, told)], t_ns, context)
 
-    def items(self, t_ns: int, reading: Items, shift: float, context: dict[str, Any]) -> list[Draft]:
-        """Judge one value for each item of a series."""
-        worst = reading.high if self._sign > 0 else reading.low
-        if not self._alarms and (
-            worst < 0
-            or not self._sign * float(reading.values[worst]) - shift >= self._sign * self._first_limit
-        ):
-            return []
+    def _items(self, t_ns: int, reading: Items, shift: float, context: dict[str, Any]) -> list[Draft]:
         offenders = self._offenders(reading, shift)
         told: list[tuple[Alarm, Told | None]] = []
         for item in list(self._alarms):
@@ -97,7 +101,7 @@ class Judge:
     def _offenders(self, reading: Items, shift: float) -> list[int]:
         """Return the items past the first limit, worst first."""
         outward = self._sign * reading.values - shift
-        over = np.flatnonzero(outward >= self._sign * self._first_limit)
+        over = np.flatnonzero(outward >= self._outward_limit)
         ordered: list[int] = over[np.argsort(-outward[over], kind="stable")].tolist()
         return ordered
 

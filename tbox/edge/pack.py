@@ -1,14 +1,14 @@
 """Assembles the pack's picture from samples: only valid, finite and fresh values count. Judges nothing.
 
-Values lie in one array over the whole catalog, so that a batch of any signals costs a few scatters and no
-Python per sample. A scan is complete when every cell was heard anew; `take` cuts a batch where that happens,
-so that rules never see half a multiplexer cycle.
+Every signal has a slot: cells first, then probes, then single values by role, then the rest; a batch of any
+signals is then a few scatters, and a series is a slice. A scan is complete when every cell was heard anew;
+`take` cuts a batch where that happens, so that rules never see half a multiplexer cycle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Annotated
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -19,67 +19,79 @@ from tbox.model import NS_PER_MS, ROLE_UNITS, Now, PackSnapshot, SampleBatch, Si
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Columns = npt.NDArray[np.int32]
+Slots = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
 
 NEVER_NS = -(1 << 62)  # the time stamp of what was not heard yet: older than any limit
 LAPS_EXACT_MAX = 4  # a quiet batch in which signals come more often is taken as one run
 LAPS_MAX = 4096  # any other batch is cut into at most so many; what is left is taken as one
+SERIES_ROLES = ("cell_voltage", "probe_temperature")
 
 Milliseconds = Annotated[int, msgspec.Meta(ge=10, le=600_000)]
 
 
 class PackSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long a value stays fresh. A scan waits at most `cell_stale_ms` for a cell that fell silent."""
+    """How long a value stays fresh. A scan waits at most as long for a cell that fell silent."""
 
     cell_stale_ms: Milliseconds = 5000  # a slow multiplexer (foxBMS: 54 steps of up to 100 ms) fits
     probe_stale_ms: Milliseconds = 10_000
     scalar_stale_ms: Milliseconds = 5000
 
 
-class Series:
-    """The cells or the probes: columns in order of their index, and how far the running scan has come."""
+class Run(NamedTuple):
+    """What a run brought: its time, which series are complete, and the roles heard and believed."""
 
-    def __init__(self, catalog: Sequence[Signal], role: str, stale_ms: int) -> None:
+    t_ns: int
+    cells_done: bool
+    probes_done: bool
+    touched: list[str]
+
+
+class Series:
+    """The cells or the probes: a slice of the slots, in order of index, and how far the scan has come.
+
+    index: what the vehicle calls each; module: where it sits.
+    """
+
+    def __init__(self, catalog: Sequence[Signal], role: str, first: int, stale_ms: int) -> None:
         bound: dict[int, int] = {}
         for column, signal in enumerate(catalog):
             if signal.role == role:
                 bound.setdefault(signal.index, column)
-        self.index = np.array(sorted(bound), dtype=np.int32)  # what the vehicle calls them
-        self.columns = np.array([bound[i] for i in sorted(bound)], dtype=np.int32)
+        self.columns = [bound[index] for index in sorted(bound)]
+        self.index = np.array(sorted(bound), dtype=np.int32)
         self.module = np.array([catalog[column].module for column in self.columns], dtype=np.int32)
+        self.slots = slice(first, first + len(bound))
         self.stale_ns = stale_ms * NS_PER_MS
         self.scans = 0
-        self.began_ns = NEVER_NS  # when the running scan heard its first cell
-        self._missing_allowed = np.zeros(len(self.columns), dtype=np.bool_)
+        self._began_ns = NEVER_NS  # when the running scan heard its first cell
+        self._excused = np.zeros(len(bound), dtype=np.bool_)  # silent for long: scans do not wait for them
 
     def __len__(self) -> int:
         return len(self.columns)
 
     def complete(self, heard: Bools, t_ns: int) -> bool:
         """Return whether the running scan is complete; one that waited too long goes without the silent."""
-        fresh = heard[self.columns]
-        if fresh.all():
-            if self._missing_allowed.any():
-                self._missing_allowed[:] = False
-            return len(fresh) > 0
-        if self.began_ns == NEVER_NS:
-            if fresh.any():
-                self.began_ns = t_ns
+        if heard.all():
+            if self._excused.any():
+                self._excused[:] = False
+            return len(heard) > 0
+        if not heard.any():
             return False
-        if bool((fresh | self._missing_allowed).all()) and bool(fresh.any()):
-            self._missing_allowed &= ~fresh  # one that came back is waited for again
+        if self._began_ns == NEVER_NS:
+            self._began_ns = t_ns
+        if (heard | self._excused).all():
+            self._excused &= ~heard  # one that came back is waited for again
             return True
-        if t_ns - self.began_ns > self.stale_ns:
-            self._missing_allowed = ~fresh
-            return bool(fresh.any())
+        if t_ns - self._began_ns > self.stale_ns:
+            self._excused = ~heard
+            return True
         return False
 
-    def finish(self, heard: Bools) -> None:
+    def finish(self) -> None:
         """Begin the next scan."""
-        heard[self.columns] = False
         self.scans += 1
-        self.began_ns = NEVER_NS
+        self._began_ns = NEVER_NS
 
 
 class Pack:
@@ -95,27 +107,30 @@ class Pack:
         settings = settings or PackSettings()
         size = len(catalog)
         self._account = account
+        self.cells = Series(catalog, "cell_voltage", 0, settings.cell_stale_ms)
+        self.probes = Series(catalog, "probe_temperature", len(self.cells), settings.probe_stale_ms)
+        scalars = [
+            column
+            for column, signal in enumerate(catalog)
+            if signal.role in ROLE_UNITS and signal.role not in SERIES_ROLES
+        ]
+        first = len(self.cells) + len(self.probes)
+        self.roles = [catalog[column].role for column in scalars]
+        self._scalars = slice(first, first + len(scalars))
+        self._scalar_stale_ns = settings.scalar_stale_ms * NS_PER_MS
+        self.slot_of = _slots([*self.cells.columns, *self.probes.columns, *scalars], size)
         self.value: Floats = np.full(size, np.nan)
         self.t_ns: Ints = np.full(size, NEVER_NS, dtype=np.int64)
         self._heard: Bools = np.zeros(size, dtype=np.bool_)  # since the scan began, believed or not
-        self._first: Ints = np.zeros(size, dtype=np.int64)
-        self.cells = Series(catalog, "cell_voltage", settings.cell_stale_ms)
-        self.probes = Series(catalog, "probe_temperature", settings.probe_stale_ms)
-        self._series = tuple(series for series in (self.cells, self.probes) if len(series))
-        self._scalar_stale_ns = settings.scalar_stale_ms * NS_PER_MS
-        self.roles, self._role_columns, self._role_of = _scalars(catalog)
-        # After each run: the indexes into `roles` that were heard and believed.
-        self.touched: list[int] = []
-        self._seen_run: Bools = np.zeros(size, dtype=np.bool_)
 
-    def take(
-        self, samples: SampleBatch, now_ns: int, *, quiet: bool = False
-    ) -> Iterator[tuple[int, bool, bool]]:
-        """Take a batch in, run by run; after each run yield (its time, cells complete, probes complete).
+    # --- taking in -----------------------------------------------------------------------------------------
+
+    def take(self, samples: SampleBatch, now_ns: int, *, quiet: Callable[[], bool] = bool) -> Iterator[Run]:
+        """Take a batch in, run by run, and yield each run once it is in.
 
         A run holds no signal twice and ends where a scan is complete, so no value is overwritten before it
-        was judged. quiet: every sample was already held against its limits and none passed one; then a batch
-        in which signals come more than LAPS_EXACT_MAX times is taken as one run. Times in the future of
+        was judged. quiet: asked when signals come more than LAPS_EXACT_MAX times in the batch; if it finds no
+        sample past any limit, the batch is taken as one run. Times in the future of
         now_ns are taken as now.
         """
         count = len(samples)
@@ -125,12 +140,16 @@ class Pack:
         believed = (samples.validity == 0) & np.isfinite(samples.value)
         self._count(samples, believed)
         times = np.minimum(samples.t_ns, now_ns)
-        laps = _laps(samples.column, len(self.value))
-        if quiet and len(laps) > LAPS_EXACT_MAX:
-            yield self._run(samples, believed, times, 0, count)
+        slots = self.slot_of[samples.column]
+        laps = _laps(slots, len(self.value))
+        if len(laps) > LAPS_EXACT_MAX and quiet():
+            yield self._run(slots, samples.value, believed, times, 0, count)
             return
         for begin, end in laps:
-            yield from self._lap(samples, believed, times, begin, end)
+            while begin < end:
+                cut = self._cut(slots[begin:end])
+                yield self._run(slots, samples.value, believed, times, begin, begin + cut)
+                begin += cut
 
     def _count(self, samples: SampleBatch, believed: Bools) -> None:
         out = int(np.count_nonzero(believed))
@@ -140,58 +159,58 @@ class Pack:
             self._account.drop("refused", refused)
             self._account.drop("not_finite", len(samples) - out - refused)
 
-    def _lap(
-        self, samples: SampleBatch, believed: Bools, times: Ints, begin: int, end: int
-    ) -> Iterator[tuple[int, bool, bool]]:
-        """Take samples[begin:end], which holds no column twice; cut it after the sample that ends a scan."""
-        while begin < end:
-            column = samples.column[begin:end]
-            self._first[column] = np.arange(len(column))
-            cut = len(column)
-            missing = [series.columns[~self._heard[series.columns]] for series in self._series]
-            self._seen_run[column] = True
-            for columns in missing:
-                if len(columns) and self._seen_run[columns].all():
-                    cut = min(cut, int(self._first[columns].max()) + 1)
-            self._seen_run[column] = False
-            yield self._run(samples, believed, times, begin, begin + cut)
-            begin += cut
+    def _cut(self, slots: Slots) -> int:
+        """Return after how many samples a scan ends that has samples of its next scan behind it, else all."""
+        cut = len(slots)
+        for series in (self.cells, self.probes):
+            before = self._heard[series.slots]
+            if not before.any():
+                continue  # nothing of this scan was heard before: what is here cannot be more than one scan
+            mine = np.flatnonzero((slots >= series.slots.start) & (slots < series.slots.stop))
+            missing = ~before[slots[mine] - series.slots.start]  # which of these samples the scan still needs
+            if len(missing) and not missing.all() and np.count_nonzero(missing) == np.count_nonzero(~before):
+                cut = min(cut, int(mine[missing][-1]) + 1)
+        return cut
 
-    def _run(
-        self, samples: SampleBatch, believed: Bools, times: Ints, begin: int, end: int
-    ) -> tuple[int, bool, bool]:
-        column, good = samples.column[begin:end], believed[begin:end]
-        self._heard[column] = True
+    def _run(self, slots: Slots, value: Floats, believed: Bools, times: Ints, begin: int, end: int) -> Run:
+        slot, good = slots[begin:end], believed[begin:end]
+        self._heard[slot] = True
         t_ns = int(times[end - 1])
-        if not good.all():
-            column, value, taken = column[good], samples.value[begin:end][good], times[begin:end][good]
+        if good.all():
+            self.value[slot], self.t_ns[slot] = value[begin:end], times[begin:end]
         else:
-            value, taken = samples.value[begin:end], times[begin:end]
-        self.value[column] = value
-        self.t_ns[column] = taken
-        places = self._role_of[column]
-        self.touched = places[places >= 0].tolist()
-        done = [series.complete(self._heard, t_ns) for series in (self.cells, self.probes)]
-        for series, complete in zip((self.cells, self.probes), done, strict=True):
-            if complete:
-                series.finish(self._heard)
-        return t_ns, done[0], done[1]
+            slot = slot[good]
+            self.value[slot], self.t_ns[slot] = value[begin:end][good], times[begin:end][good]
+        places = slot[(slot >= self._scalars.start) & (slot < self._scalars.stop)] - self._scalars.start
+        touched = [self.roles[place] for place in places.tolist()]
+        return Run(t_ns, self._done(self.cells, t_ns), self._done(self.probes, t_ns), touched)
 
-    # --- looking -----------------------------------------------------------------------------------------
+    def _done(self, series: Series, t_ns: int) -> bool:
+        heard = self._heard[series.slots]
+        if not series.complete(heard, t_ns):
+            return False
+        series.finish()
+        heard[:] = False
+        return True
+
+    # --- looking -------------------------------------------------------------------------------------------
 
     def known(self, series: Series, t_ns: int) -> tuple[Floats, Bools]:
         """Return (values, known) of a series at t_ns; those not known are NaN or stale: mask them."""
-        columns = series.columns
-        return self.value[columns], self.t_ns[columns] >= t_ns - series.stale_ns
+        return self.value[series.slots].copy(), self.t_ns[series.slots] >= t_ns - series.stale_ns
 
-    def scalar(self, role_index: int) -> float:
-        """Return the last believed value of roles[role_index], however old."""
-        return float(self.value[self._role_columns[role_index]])
+    def last(self, *roles: str) -> dict[str, float]:
+        """Return the last believed values of these roles, however old."""
+        values = self.value[self._scalars]
+        places = {role: place for place, role in enumerate(self.roles) if role in roles}
+        return {
+            role: float(values[place]) for role, place in places.items() if values[place] == values[place]
+        }
 
     def scalars(self, t_ns: int) -> dict[str, float]:
         """Return every role with a fresh value."""
-        values = self.value[self._role_columns].tolist()
-        fresh = (self.t_ns[self._role_columns] >= t_ns - self._scalar_stale_ns).tolist()
+        values = self.value[self._scalars].tolist()
+        fresh = (self.t_ns[self._scalars] >= t_ns - self._scalar_stale_ns).tolist()
         known: dict[str, float] = {}
         for role, value, ok in zip(self.roles, values, fresh, strict=True):
             if ok and role not in known:
@@ -208,32 +227,26 @@ class Pack:
         )  # fmt: skip
 
 
-def _scalars(catalog: Sequence[Signal]) -> tuple[list[str], Columns, Columns]:
-    """Return the roles with one value, their columns, and for each catalog column its place in them or -1."""
-    bound = [
-        (signal.role, column)
-        for column, signal in enumerate(catalog)
-        if signal.role in ROLE_UNITS and signal.role not in ("cell_voltage", "probe_temperature")
-    ]
-    role_of = np.full(len(catalog), -1, dtype=np.int32)
-    for place, (_, column) in enumerate(bound):
-        role_of[column] = place
-    return [role for role, _ in bound], np.array([c for _, c in bound], dtype=np.int32), role_of
+def _slots(order: Sequence[int], size: int) -> Slots:
+    """Return the slot of each catalog column: those in `order` first, the rest behind."""
+    placed = set(order)
+    slot_of = np.empty(size, dtype=np.int32)
+    slot_of[[*order, *(column for column in range(size) if column not in placed)]] = np.arange(size)
+    return slot_of
 
 
-def _laps(column: Columns, size: int) -> list[tuple[int, int]]:
-    """Cut a batch into runs in which no column appears twice, as long as they can be."""
-    count = len(column)
-    if int(np.bincount(column, minlength=size).max()) == 1:
+def _laps(slots: Slots, size: int) -> list[tuple[int, int]]:
+    """Cut a batch into runs in which no signal appears twice, as long as they can be."""
+    count = len(slots)
+    if int(np.bincount(slots, minlength=size).max()) == 1:
         return [(0, count)]
-    order = np.argsort(column, kind="stable")
-    same = column[order[1:]] == column[order[:-1]]
-    before = np.full(count, -1, dtype=np.int64)  # the previous sample of the same column
+    order = np.argsort(slots, kind="stable")
+    same = slots[order[1:]] == slots[order[:-1]]
+    before = np.full(count, -1, dtype=np.int64)  # where the same signal was last, -1: nowhere
     before[order[1:][same]] = order[:-1][same]
-    cuts = [0]
-    # The next cut is the first sample whose predecessor lies in the running lap.
     reach = np.maximum.accumulate(before)
-    while len(cuts) < LAPS_MAX:
+    cuts = [0]
+    while len(cuts) < LAPS_MAX:  # the next cut is the first sample that repeats one of the running lap
         cut = int(np.searchsorted(reach, cuts[-1]))
         if cut >= count:
             break

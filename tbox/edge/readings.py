@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 NO_ITEM = -1
+NAN = float("nan")
 
 
 def no_detail(item: int) -> str:
@@ -28,11 +29,14 @@ class Scalar:
 
 @dataclass(slots=True)
 class Items:
-    """One value for each cell or probe, NaN where unknown. high and low: where the extremes are, -1: none."""
+    """One value for each cell or probe, NaN where unknown. high and low: where the extremes are, -1: none (of
+    a watch that only ever is too high, low is not looked for); highest and lowest: their values or NaN."""
 
     values: Floats
     high: int
     low: int
+    highest: float
+    lowest: float
     detail: Callable[[int], str] = no_detail
 
 
@@ -40,13 +44,17 @@ Reading = Scalar | Items
 NOTHING = Scalar(None)
 
 
-def items(values: Floats, detail: Callable[[int], str] = no_detail) -> Items:
-    """Return Items with the extremes of what is known."""
-    high = int(values.argmax()) if len(values) else NO_ITEM
-    if high == NO_ITEM or values[high] == values[high]:  # argmax finds a NaN first, if there is one
-        low = int(values.argmin()) if len(values) else NO_ITEM
-        return Items(values, high, low, detail)
+def items(values: Floats, detail: Callable[[int], str] = no_detail, *, both: bool = False) -> Items:
+    """Return Items with the highest, and with `both` the lowest, of what is known."""
+    if not len(values):
+        return Items(values, NO_ITEM, NO_ITEM, NAN, NAN, detail)
+    high = int(values.argmax())
+    highest = float(values[high])
+    if highest == highest:  # argmax finds a NaN first, if there is one
+        low = int(values.argmin()) if both else NO_ITEM
+        return Items(values, high, low, highest, float(values[low]) if both else NAN, detail)
     known = np.flatnonzero(~np.isnan(values))
     if not len(known):
-        return Items(values, NO_ITEM, NO_ITEM, detail)
-    return Items(values, int(known[values[known].argmax()]), int(known[values[known].argmin()]), detail)
+        return Items(values, NO_ITEM, NO_ITEM, NAN, NAN, detail)
+    high, low = int(known[values[known].argmax()]), int(known[values[known].argmin()])
+    return Items(values, high, low, float(values[high]), float(values[low]), detail)

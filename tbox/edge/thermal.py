@@ -15,7 +15,7 @@ from tbox.model import NS_PER_MS, NS_PER_S
 # step of a 1 degC sensor at most 0.75 degC/s.
 SLOPE_WINDOW_NS = 2 * NS_PER_S
 SLOPE_ROWS_MIN = 3  # probes sent slower than 1 Hz get a longer window, of so many scans
-SLOPE_ROW_NS_MIN = 95 * NS_PER_MS
+SLOPE_ROW_NS_MIN = 180 * NS_PER_MS
 SLOPE_GAP_NS_MAX = 30 * NS_PER_S
 # A cell's "initial value" of the runaway rule: its highest in the last five minutes.
 COLLAPSE_STEP_NS = 30 * NS_PER_S
@@ -39,13 +39,13 @@ class Thermal:
     def step(self, t_ns: int, probe_c: Floats, known: npt.NDArray[np.bool_]) -> dict[str, Reading]:
         """Take a complete scan (degC, and which are known); return a reading of each watch of probes."""
         degrees = probe_c if known.all() else np.where(known, probe_c, np.nan)
-        probes = items(degrees)
+        probes = items(degrees, both=True)
         if probes.high < 0:
             self.hottest_c = None
             return {"probe_temperature": probes, "temperature_spread": NOTHING}
-        self.hottest_c = float(degrees[probes.high])
-        median_c = float(np.median(degrees if known.all() else probe_c[known]))
-        spread = self.hottest_c - float(degrees[probes.low])
+        self.hottest_c = probes.highest
+        median_c = _median(degrees if probe_c is degrees else probe_c[known])
+        spread = probes.highest - probes.lowest
         self.rise = self._slope(t_ns, degrees)
         return {
             "probe_temperature": probes,
@@ -57,8 +57,8 @@ class Thermal:
 
     def _spread_text(self, probes: Items) -> Callable[[int], str]:
         def text(_: int) -> str:
-            low, high = float(probes.values[probes.low]), float(probes.values[probes.high])
-            return f"{self._names[probes.low]} {low:.1f} degC, {self._names[probes.high]} {high:.1f} degC"
+            low, high = self._names[probes.low], self._names[probes.high]
+            return f"{low} {probes.lowest:.1f} degC, {high} {probes.highest:.1f} degC"
 
         return text
 
@@ -90,6 +90,11 @@ class Thermal:
             "probe_still": items(self._still.copy()),
             "probe_lag": items(np.abs(median_c - self._median_at_move)),
         }
+
+
+def _median(values: Floats) -> float:
+    """Return the upper median; exact halves do not matter here, and it is ten times quicker."""
+    return float(np.partition(values, len(values) // 2)[len(values) // 2])
 
 
 class Runaway:

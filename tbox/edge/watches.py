@@ -11,7 +11,7 @@ import numpy as np
 
 from tbox.edge.pack import NEVER_NS, Pack, Series
 from tbox.edge.readings import NO_ITEM, NOTHING, Reading, Scalar, items
-from tbox.model import NS_PER_S
+from tbox.model import NS_PER_MS, NS_PER_S
 
 # Roles only a BMS sends: when all of them are silent, it is.
 BMS_ROLES = frozenset({
@@ -25,6 +25,7 @@ CONTACTOR_CLOSED, CONTACTOR_PRECHARGE = 2.0, 1.0
 
 SOC_JUMP_WINDOW_NS = 5 * NS_PER_S
 SOC_JUMP_STEP_NS = NS_PER_S // 2
+LOST_NS = 900 * NS_PER_MS  # silent cells and probes are searched for once a second
 PACK_VOLTAGE_MIN_V = 10.0  # below it the pack is off the bus, and a ratio to it means nothing
 
 
@@ -94,6 +95,10 @@ class Watches:
         """The BMS said something valid at t_ns."""
         self._heard_ns = max(self._heard_ns, t_ns)
 
+    def heard_lately(self, t_ns: int) -> bool:
+        """Return whether the BMS was heard within the last second, so that nothing can be said of silence."""
+        return t_ns - self._heard_ns < NS_PER_S
+
     def step(self, t_ns: int, scalars: Mapping[str, float], touched: frozenset[str]) -> dict[str, Reading]:
         """Return readings of what moved: `touched` are the roles heard and believed just now."""
         readings: dict[str, Reading] = {role: Scalar(scalars[role]) for role in touched if role in scalars}
@@ -126,7 +131,7 @@ class Watches:
 
         Unknown while less than half of the series is heard: then it is the BMS that is silent.
         """
-        taken_ns = self._pack.t_ns[series.columns]
+        taken_ns = self._pack.t_ns[series.slots]
         ever = taken_ns != NEVER_NS
         fresh = taken_ns >= t_ns - series.stale_ns
         if not ever.any() or np.count_nonzero(fresh) * 2 < np.count_nonzero(ever):
