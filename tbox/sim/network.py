@@ -249,14 +249,17 @@ class Coverage:
     """When there is a radio link: always, but for the gaps [begin_ns, end_ns)."""
 
     def __init__(self, gaps: Sequence[tuple[int, int]] = ()) -> None:
-        self._gaps = sorted(gaps)
+        self._gaps: list[tuple[int, int]] = []
+        for begin, end in sorted(gaps):
+            if self._gaps and begin <= self._gaps[-1][1]:
+                begin, end = self._gaps[-1][0], max(end, self._gaps.pop()[1])
+            self._gaps.append((begin, end))
         self._begins = [begin for begin, _ in self._gaps]
 
     def up_from(self, t_ns: int) -> int:
         """Return t_ns when covered, else the instant the gap ends."""
-        while (i := bisect_right(self._begins, t_ns)) and t_ns < self._gaps[i - 1][1]:
-            t_ns = self._gaps[i - 1][1]
-        return t_ns
+        i = bisect_right(self._begins, t_ns)
+        return max(t_ns, self._gaps[i - 1][1]) if i else t_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +306,7 @@ class VirtualUplink:
         self._order = 0
         self._free_ns = {True: 0, False: 0}  # when each direction has sent what it was given
         self._last_due_ns = {True: 0, False: 0}
+        self._known_to_broker = False
         self._will_due_ns: int | None = None
 
     def start(self, mono_ns: int) -> None:
@@ -348,10 +352,13 @@ class VirtualUplink:
                 self._forget(link)
             case Drop():
                 self._forget(link)
-                self._will_due_ns = mono_ns + self._model.keepalive_s * NS_PER_S * 3 // 2
+                if self._known_to_broker:  # it hears nothing of the end: only silence tells it
+                    self._known_to_broker = False
+                    self._will_due_ns = mono_ns + self._model.keepalive_s * NS_PER_S * 3 // 2
 
     def _on_connect(self, link: int, t_ns: int) -> None:
         self._will_due_ns = None
+        self._known_to_broker = True
         self._broker.connect(self._client_id, f"{self._topic}/state", self._state("lost", None))
         self._send(link, 10, False, t_ns, lambda t: self.session.connected(link, t))
 
