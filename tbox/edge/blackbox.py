@@ -150,8 +150,9 @@ class BlackBox:
     def step(self, now: Now, frames: FrameBatch | None) -> list[Draft]:
         """Take the frames in; return the capture parts that are due (a bounded number a step)."""
         if self._kept_from is None:
-            self._kept_from = now.mono_ns, "start"
-        if frames is not None and len(frames):
+            first_ns = now.mono_ns if not frames else min(now.mono_ns, int(frames.t_ns.min()))
+            self._kept_from = first_ns, "start"
+        if frames:
             self._push(frames)
         if self._capture is None:
             self._forget_aged(now)
