@@ -97,8 +97,9 @@ class Cells:
         self.soc += current_a * (dt_s / 3600.0) / self.capacity_ah
         np.clip(self.soc, 0.0, 1.02, out=self.soc)
         self.ocv_v = ocv_v(self.chemistry, self.soc)
-        overpotential = current_a * (self.r0_ohm * factor) + self.u1_v
-        return self.ocv_v + overpotential, np.abs(current_a * overpotential)
+        r0_ohm, r1_ohm = self.r0_ohm * factor, self.r1_ohm * factor
+        volts = self.ocv_v + current_a * r0_ohm + self.u1_v
+        return volts, current_a * current_a * r0_ohm + self.u1_v * self.u1_v / r1_ohm
 
     def solve_current(self, power_w: float, temperature_c: Floats) -> float:
         """Return the current (A, positive in) that takes power_w (positive in) at the pack's terminals.

@@ -342,26 +342,27 @@ class BusFaults:
 
     def __init__(self, faults: Sequence[Fault], rng: np.random.Generator) -> None:
         self.stuck_counters = tuple(fault for fault in faults if fault.name == "counter-stuck")
-        self._faults = tuple(
-            fault for fault in faults if fault.name in ("bus-silent", "frame-loss", "crc-errors")
-        )
-        self._rng = rng
+        acting = [fault for fault in faults if fault.name in ("bus-silent", "frame-loss", "crc-errors")]
+        # A generator each, so that what one draws does not depend on how time is cut for the other.
+        self._faults = tuple(zip(acting, rng.spawn(len(acting)), strict=True))
         self.lost = 0
         self.damaged = 0
 
     def apply(self, frames: npt.NDArray[np.void], t_ns: Ints) -> tuple[npt.NDArray[np.void], Ints]:
         """Return what reaches the bus of frames in the order of their times. Counts what it does."""
         keep = np.ones(len(t_ns), dtype=np.bool_)
-        for fault in self._faults:
+        damaged = np.zeros(len(t_ns), dtype=np.bool_)
+        for fault, rng in self._faults:
             hit = active_at(fault, t_ns)
             if fault.whole("message") >= 0:
                 hit &= frames["id"] == fault.whole("message")
             if "rate" in fault.params and hit.any():
-                hit[hit] = self._rng.random(int(hit.sum())) < fault.params["rate"]
+                hit[hit] = rng.random(int(hit.sum())) < fault.params["rate"]
             if fault.name == "crc-errors":
-                frames["data"][hit, 0] ^= CRC_ERROR_XOR
-                self.damaged += int(hit.sum())
+                damaged |= hit
             else:
                 keep &= ~hit
+        frames["data"][damaged, 0] ^= CRC_ERROR_XOR
+        self.damaged += int((damaged & keep).sum())
         self.lost += int((~keep).sum())
         return (frames, t_ns) if keep.all() else (frames[keep], t_ns[keep])

@@ -112,9 +112,12 @@ _WHEN = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>ms|s|min|h)?")
 _UNITS_S = {None: 1.0, "s": 1.0, "ms": 0.001, "min": 60.0, "h": 3600.0}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fault:
-    """One fault of a run. Active from start_ns to end_ns (None: to the end of the run)."""
+    """One fault of a run. Active from start_ns to end_ns (None: to the end of the run).
+
+    Two faults spelled alike are two faults: they compare by identity.
+    """
 
     name: str
     start_ns: int

@@ -79,11 +79,15 @@ class Player:
             self._stop.wait(max(0.0, PASS_S - (self._mono_ns() - now_ns) / NS_PER_S))
 
     def report(self) -> dict[str, Any]:
-        """Return what was written, as plain values."""
+        """Return what was written, as plain values.
+
+        not_taken: frames, times members, that a member of a local bus was too slow for.
+        """
         truth = self._simulator.truth()
         return {
             "frames": self.written.total(),
             "unwritten": self.unwritten,
+            "not_taken": getattr(self._bus, "dropped_out", 0),
             "lost": truth.frames_lost,
             "damaged": truth.frames_damaged,
             "seconds": round(self.t_ns / NS_PER_S, 3),

@@ -1,0 +1,71 @@
+"""The DBC files in dbc/ are what the layout says, load strictly, and leave every SNA outside its range."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cantools
+import pytest
+
+from tbox.bus.frames import FD_LENGTHS
+from tbox.sim import layout
+from tbox.sim.packing import signal_bits
+
+DBC = Path(__file__).parents[2] / "dbc"
+EVERY = [(name, msg) for name, messages in layout.DATABASES.items() for msg in messages]
+
+
+@pytest.mark.parametrize("name", layout.DATABASES)
+def test_a_file_is_what_the_layout_writes(name: str) -> None:
+    assert (DBC / name).read_text() == layout.dbc_text(name)
+
+
+@pytest.mark.parametrize("name", layout.DATABASES)
+def test_cantools_loads_a_file_strictly_and_sees_frame_format_cycle_and_data_id(name: str) -> None:
+    database = cantools.database.load_file(DBC / name, strict=True)
+    for msg in layout.DATABASES[name]:
+        seen = database.get_message_by_name(msg.name)
+        assert (seen.frame_id, seen.length, seen.is_fd) == (msg.can_id, msg.length, msg.fd)
+        assert seen.cycle_time == msg.cycle_ms
+        assert seen.dbc.attributes["E2EDataId"].value == msg.can_id & 0xFF
+        assert {signal.name for signal in seen.signals} == {sig.name for sig in msg.signals}
+
+
+@pytest.mark.parametrize(("name", "msg"), EVERY)
+def test_every_length_is_one_that_can_fd_has(name: str, msg: layout.Msg) -> None:
+    assert msg.length in FD_LENGTHS
+
+
+@pytest.mark.parametrize(("name", "msg"), EVERY)
+def test_sna_lies_outside_the_physical_range_and_the_range_within_the_raw_one(
+    name: str, msg: layout.Msg
+) -> None:
+    for sig in msg.signals:
+        raw_low, raw_high = (sig.lo - sig.offset) / sig.scale, (sig.hi - sig.offset) / sig.scale
+        assert sig.raw_min <= round(raw_low) <= round(raw_high) <= sig.raw_max, sig.name
+        if sig.sna is not None:
+            assert not round(raw_low) <= sig.sna <= round(raw_high), sig.name
+
+
+@pytest.mark.parametrize(("name", "msg"), EVERY)
+def test_no_two_signals_of_a_frame_share_a_bit(name: str, msg: layout.Msg) -> None:
+    for mux in {sig.mux for sig in msg.signals}:
+        present = [sig for sig in msg.signals if sig.mux in (None, mux)]
+        bits = [bit for sig in present for bit in signal_bits(msg, sig)]
+        assert len(bits) == len(set(bits))
+        assert max(byte for byte, _ in bits) < msg.length
+
+
+@pytest.mark.parametrize(
+    "names", [("tbox_bms.dbc", "tbox_vehicle.dbc"), ("tbox_bms_mux.dbc", "tbox_vehicle.dbc")]
+)
+def test_files_that_share_a_bus_share_no_id(names: tuple[str, ...]) -> None:
+    ids = [msg.can_id for name in names for msg in layout.DATABASES[name]]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("name", ["tbox_bms.dbc", "tbox_bms_mux.dbc"])
+def test_each_battery_has_192_cells_and_48_probes(name: str) -> None:
+    names = {sig.name for msg in layout.DATABASES[name] for sig in msg.signals}
+    assert {layout.cell_name(i) for i in range(192)} <= names
+    assert {layout.probe_name(j) for j in range(48)} <= names
