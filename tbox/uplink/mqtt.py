@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import paho.mqtt.client as paho
@@ -42,6 +42,9 @@ from tbox.uplink.session import (
     SpoolPort,
     UplinkSettings,
 )
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 TOPIC_ROOT = "tbox/1"
 # The device subscribes to nothing, so nothing large may come in.
@@ -115,6 +118,16 @@ class _TellingSocket(ssl.SSLSocket):
             raise
         except ssl.SSLError as error:
             self.failure = error
+            raise
+
+    def send(self, data: ReadableBuffer, flags: int = 0) -> int:
+        try:
+            return super().send(data, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.recv(1)  # the alert that came before the reset
             raise
 
 
@@ -284,10 +297,10 @@ class _Link:
                     with contextlib.suppress(BlockingIOError):
                         self._wake_out.recv(4096)
                     continue
+                if events & ~select.POLLOUT:  # first: a refusal may lie there to be read
+                    self._read(sock)
                 if events & select.POLLOUT:
                     client.loop_write()
-                if events & ~select.POLLOUT:
-                    self._read(sock)
             client.loop_misc()
 
     def _read(self, sock: Any) -> None:
