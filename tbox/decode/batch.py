@@ -129,9 +129,9 @@ class Decoder:
     def _values(self, raw: IntArray, row: IntArray) -> npt.NDArray[np.float64]:
         table = self.table
         value = raw.astype(np.float64)
-        if self._any_float:
-            _put_floats(value, raw, table.kind.take(row))
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # infinities and signalling NaNs are values too
+            if self._any_float:
+                _put_floats(value, raw, table.kind.take(row))
             value *= table.scale.take(row)
             value += table.add.take(row)
         return value

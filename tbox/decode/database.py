@@ -156,7 +156,11 @@ def _add(result: Database, one: Parsed, channel: int) -> DbcError | None:
 
 def parse_file(path: str, *, strict: bool = False) -> Parsed:
     """Load one DBC file, mended where needed unless strict. Raises DbcError naming file, line and mend."""
-    text = _read(path)
+    return parse_text(path, _read(path), strict=strict)
+
+
+def parse_text(path: str, text: str, *, strict: bool = False) -> Parsed:
+    """The same from text; `path` is for the messages only."""
     _refuse_twice(path, text)
     try:
         return _parse(path, text, [])

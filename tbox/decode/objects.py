@@ -35,10 +35,10 @@ class Objects:
         self.counts: Counter[str] = Counter()
         self.causes: Counter[str] = Counter()
         self._choices = choices
-        self._table: SignalTable = compile_table(database.definitions)
-        self._decoder = Decoder(self._table)
+        self.table: SignalTable = compile_table(database.definitions)
+        self._decoder = Decoder(self.table)
         self._messages = {d.can_id: d.message for d in database.definitions}
-        self._names = [info.signal.name for info in self._table.row_info]
+        self._names = [info.signal.name for info in self.table.row_info]
 
     def decode(self, frames: Sequence[tuple[int, bytes]]) -> list[FrameObject | None]:
         """Return an object for each (id with CAN_EFF_FLAG, payload), None where the id is unknown."""
@@ -97,7 +97,7 @@ class Objects:
 
     def _signals(self, decoded: Decoded, frames: int) -> list[dict[str, Any]]:
         values: list[float | int] = decoded.value.tolist()
-        for index in np.flatnonzero(self._table.is_int.take(decoded.row)).tolist():
+        for index in np.flatnonzero(self.table.is_int.take(decoded.row)).tolist():
             values[index] = int(values[index])
         names = self._names
         signals: list[dict[str, Any]] = [{} for _ in range(frames)]
