@@ -1,0 +1,260 @@
+"""Tests of the tests: each bug planted here must turn the crash exploration red."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tbox.durable import Storage
+from tbox.model import Now, Record
+from tbox.spool import flash, keyring, seal, store
+from tbox.spool.flash import Flash, Row
+from tbox.spool.policy import LANES, Dropped, Lane
+from tbox.spool.store import Spool
+from tests.crash import recorder
+from tests.crash.explore import Plant, explore
+from tests.crash.workload import Violation
+
+# A planted bug is found within this many states, or the exploration is blind to it.
+STATES_MAX = 6000
+
+
+def _pragma(old: str, new: str) -> Any:
+    original = flash.pragmas
+    return mock.patch.object(
+        flash, "pragmas", lambda quota: [line.replace(old, new) for line in original(quota)]
+    )
+
+
+def synchronous_normal() -> Any:
+    return _pragma("synchronous=FULL", "synchronous=NORMAL")
+
+
+def synchronous_off() -> Any:
+    return _pragma("synchronous=FULL", "synchronous=OFF")
+
+
+@contextlib.contextmanager
+def journal_delete() -> Iterator[None]:
+    with (
+        _pragma("journal_mode=WAL", "journal_mode=DELETE"),
+        _pragma("locking_mode=EXCLUSIVE", "locking_mode=NORMAL"),
+    ):
+        yield
+
+
+def deleted_before_puback() -> Any:
+    original = Spool.offer
+
+    def offer(self: Spool, now: Now, room: int) -> list[Record]:
+        records = original(self, now, room)
+        for record in records:
+            self._drain.gone.add(record.id)
+        return records
+
+    return mock.patch.object(Spool, "offer", offer)
+
+
+def forgotten_directory_sync() -> Any:
+    return mock.patch.object(recorder._RecordingStorage, "fsync_dir", lambda _self, _path: None)
+
+
+def start_number_not_synced() -> Any:
+    original = recorder._RecordingStorage.fsync
+
+    def fsync(self: Any, path: str) -> None:
+        if "/start." not in path:
+            original(self, path)
+
+    return mock.patch.object(recorder._RecordingStorage, "fsync", fsync)
+
+
+def key_written_in_place() -> Any:
+    def write_key(storage: Storage, path: str, key: bytes) -> None:
+        storage.write(path, key)
+
+    return mock.patch.object(keyring, "write_key", write_key)
+
+
+def nonce_reuse() -> Any:
+    return mock.patch.object(seal, "_nonce", lambda _id: bytes(seal.NONCE_BYTES))
+
+
+def eviction_outside_the_transaction() -> Any:
+    original = Spool._make_room
+
+    def make_room(self: Spool, flash: Flash) -> Dropped:
+        dropped = original(self, flash)
+        if dropped.count:
+            flash.commit()
+            flash.begin()
+        return dropped
+
+    return mock.patch.object(Spool, "_make_room", make_room)
+
+
+def drop_record_counts_one_too_few() -> Any:
+    original = Dropped.body
+
+    def body(self: Dropped) -> dict[str, object]:
+        return {**original(self), "count": self.count - 1}
+
+    return mock.patch.object(Dropped, "body", body)
+
+
+def alarms_in_a_transaction_of_their_own() -> Any:
+    original = Flash.insert
+
+    def insert(self: Flash, lane: Lane, rows: Iterable[Row]) -> None:
+        original(self, lane, rows)
+        if lane.alarm:
+            self.commit()
+            self.begin()
+
+    return mock.patch.object(Flash, "insert", insert)
+
+
+def newest_row_deleted() -> Any:
+    def delete(self: Flash, ranges: Iterable[tuple[int, int]]) -> None:
+        for first, last in ranges:
+            for lane in LANES:
+                self._db.execute(f"DELETE FROM {lane.name} WHERE id BETWEEN ? AND ?", (first, last))
+
+    return mock.patch.object(Flash, "delete", delete)
+
+
+def small_ticks_put_off() -> Any:
+    original = Spool._commit
+
+    def commit(self: Spool, now: Now) -> None:
+        if len(self._open) != 2:
+            original(self, now)
+
+    return mock.patch.object(Spool, "_commit", commit)
+
+
+def acks_forgotten() -> Any:
+    original = Flash.delete
+
+    def delete(self: Flash, ranges: Iterable[tuple[int, int]]) -> None:
+        original(self, [(first, last) for first, last in ranges if first == last])
+
+    return mock.patch.object(Flash, "delete", delete)
+
+
+def rotation_renames_before_it_rewraps() -> Any:
+    def rotate(storage: Storage, key_file: str, flash: Flash, directory: str, random: Any) -> None:
+        fresh = f"{key_file}{keyring.NEXT_SUFFIX}"
+        new = seal.read_key(storage, fresh)
+        old = seal.read_key(storage, key_file)
+        if new is None or old is None:
+            return
+        storage.rename(fresh, key_file)
+        storage.fsync_dir(directory)
+        ring = keyring.Keyring(new, random)
+        flash.begin()
+        for row in flash.starts():
+            flash.put_start(ring.rewrap(row, old, fresh))
+        flash.commit()
+
+    return mock.patch.object(store, "rotate", rotate)
+
+
+def rows_under_new_ids() -> Any:
+    original = Spool._sealed
+
+    def sealed(keys: Any, record: Record, at_s: int | None) -> Row:
+        return original(keys, Record(record.id + 5000, record.kind, record.level, record.payload), at_s)
+
+    return mock.patch.object(Spool, "_sealed", staticmethod(sealed))
+
+
+def clean_before_it_is() -> Any:
+    original = Spool.tick
+
+    def tick(self: Spool, now: Now) -> None:
+        if self._flash is not None and self._own is not None and len(self._open) > 3:
+            self._flash.begin()
+            self._flash.put_start(self._own._replace(clean=1))
+            self._flash.commit()
+        original(self, now)
+
+    return mock.patch.object(Spool, "tick", tick)
+
+
+def endings_forgotten_early() -> Any:
+    return mock.patch.object(store, "needed_starts", lambda _previous: set())
+
+
+def data_key_stored_too_late() -> Any:
+    original = Flash.put_start
+    waiting: dict[int, Any] = {}
+
+    def put_start(self: Flash, row: Any) -> None:
+        if row.start in waiting or row.clean:
+            original(self, row)
+        waiting[row.start] = row
+
+    return mock.patch.object(Flash, "put_start", put_start)
+
+
+LIVING: list[Callable[[], Any]] = [
+    synchronous_normal, synchronous_off, journal_delete, deleted_before_puback, forgotten_directory_sync,
+    start_number_not_synced, key_written_in_place, nonce_reuse, eviction_outside_the_transaction,
+    drop_record_counts_one_too_few, alarms_in_a_transaction_of_their_own, newest_row_deleted,
+    small_ticks_put_off, acks_forgotten, rotation_renames_before_it_rewraps, rows_under_new_ids,
+    clean_before_it_is, data_key_stored_too_late, endings_forgotten_early,
+]  # fmt: skip
+
+
+def log_deleted_at_open() -> Any:
+    """The neighbours' advice: the log is corrupt, delete it by hand."""
+    original = Spool._open_file
+
+    def open_file(self: Spool) -> Flash:
+        (Path(self._directory) / "spool.db-wal").unlink(missing_ok=True)
+        return original(self)
+
+    return mock.patch.object(Spool, "_open_file", open_file)
+
+
+def damaged_start_copy_believed() -> Any:
+    """A start number is handed out again when the newest copy is torn."""
+    return mock.patch("tests.crash.explore.next_start", lambda *_args, **_kw: 1)
+
+
+def backlog_erased_at_boot() -> Any:
+    """A changed configuration clears the spool."""
+    original = Spool._attach
+
+    def attach(self: Spool, now: Now) -> None:
+        original(self, now)
+        assert self._flash is not None
+        self._flash.execute("DELETE FROM routine WHERE kind = 1")
+
+    return mock.patch.object(Spool, "_attach", attach)
+
+
+BOOTING: list[Callable[[], Any]] = [log_deleted_at_open, damaged_start_copy_believed, backlog_erased_at_boot]
+
+
+def test_without_a_bug_the_same_states_are_green() -> None:
+    assert explore(600, 11).states >= 600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", LIVING, ids=lambda bug: bug.__name__)
+def test_a_bug_in_the_living_spool_turns_the_exploration_red(bug: Plant) -> None:
+    with pytest.raises(Violation):
+        explore(STATES_MAX, 11, living=bug)
+
+
+@pytest.mark.parametrize("bug", BOOTING, ids=lambda bug: bug.__name__)
+def test_a_bug_at_boot_turns_the_exploration_red(bug: Plant) -> None:
+    with pytest.raises(Violation):
+        explore(STATES_MAX, 11, booting=bug)
