@@ -181,6 +181,11 @@ def erase(control: BootControl, name: SlotName, target: VerifiedTarget) -> BootC
             where=f"slot {name}",
             mend="confirm or roll back the running image first",
         )
+    return vacate(control, name, target)
+
+
+def vacate(control: BootControl, name: SlotName, target: VerifiedTarget) -> BootControl:
+    """As `erase`, for a device that has nothing to fall back on: in the factory, or for its recovery."""
     entry = SlotEntry(
         sha256=target.sha256,
         length=target.length,

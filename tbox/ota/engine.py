@@ -216,23 +216,30 @@ class Step(NamedTuple):
 
 
 class Device(NamedTuple):
-    """Who this device is. counts_tries: the boot loader counts tries itself (`tbox boot` does)."""
+    """Who this device is.
+
+    loader_decides: the boot loader reads boot control and counts tries itself, as `tbox boot` does.
+    boot_note: why it did not start the slot that boot control prefers, "" if it did.
+    """
 
     vehicle: str
     cohort_key: bytes
     running: SlotName
     missing: Callable[[Iterable[str]], str]  # what of `requires` is lacking, "" for nothing
-    counts_tries: bool = True
+    loader_decides: bool = True
+    boot_note: str = ""
 
 
-def resume_state(control: BootControl, running: SlotName, journal: Journal) -> State:
+def resume_state(
+    control: BootControl, running: SlotName, journal: Journal, *, loader_decides: bool = True
+) -> State:
     """Return the state that boot control and the running slot prove, in the order of these lines."""
     entry, beside = control.slot(running), control.slot(other_slot(running))
     if entry.state in (SlotState.TRIAL, SlotState.LAST_TRY):
         return State.TRIAL
     if beside.state in (SlotState.TRIAL, SlotState.LAST_TRY):
         return State.PENDING_REBOOT
-    if beside.priority > entry.priority:
+    if entry.state is not SlotState.GOOD or (beside.priority > entry.priority and not loader_decides):
         return State.LEAVING
     if control.failure(journal.switched_to) or control.failure(journal.left):
         return State.ROLLED_BACK
@@ -249,7 +256,7 @@ class Engine:
         self._device = device
         self.control = control
         self.journal = journal
-        self.state = resume_state(control, device.running, journal)
+        self.state = resume_state(control, device.running, journal, loader_decides=device.loader_decides)
         self.reason = ""
         self._offer: Offer | None = None
         self._judge = TrialJudge(settings)
@@ -350,6 +357,8 @@ class Engine:
             self._save(replace(self.journal, switched_to=""))
         elif self.state is State.TRIAL:
             self._tell("trial", "")
+        if self._device.boot_note:
+            self._tell("fallback", self._device.boot_note, Level.WARNING)
         if self.control.slot(running).state is SlotState.GOOD and self.state is not State.LEAVING:
             self._actions.append(Settle(running))
         if self.state is State.PENDING_REBOOT:
@@ -369,7 +378,7 @@ class Engine:
         self._restart_into(name)
 
     def _restart_into(self, name: SlotName) -> None:
-        if not self._device.counts_tries:
+        if not self._device.loader_decides:
             self._commit(boot.count_try(self.control, name))
         self._actions.append(Restart(name))
 

@@ -7,6 +7,7 @@ unpacker is written for exactly this and refuses everything else a tar can hold.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -188,7 +189,8 @@ def members(read_at: ReadAt, length: int) -> Iterator[Member]:
 
 
 def _check_end(read_at: ReadAt, offset: int, length: int) -> None:
-    if length - offset != 2 * BLOCK_BYTES or read_at(offset, 2 * BLOCK_BYTES) != bytes(2 * BLOCK_BYTES):
+    last = offset + BLOCK_BYTES
+    if length - last != BLOCK_BYTES or read_at(last, BLOCK_BYTES) != bytes(BLOCK_BYTES):
         raise ImageError("bytes follow the end of the image", where=f"byte {offset}")
 
 
@@ -241,8 +243,11 @@ def _path(block: bytes, where: str) -> str:
 
 def read_header(read_at: ReadAt, length: int) -> ImageHeader:
     """Return the header of an image. Raises ImageError."""
-    member = next(members(read_at, length), None)
-    if member is None or member.size > HEADER_BYTES_MAX:
+    return _header(read_at, next(members(read_at, length), None))
+
+
+def _header(read_at: ReadAt, member: Member | None) -> ImageHeader:
+    if member is None or member.directory or not 0 < member.size <= HEADER_BYTES_MAX:
         raise ImageError("image has no header of a sane size", where=HEADER_NAME)
     try:
         return msgspec.json.decode(read_at(member.offset, member.size), type=ImageHeader)
@@ -250,26 +255,59 @@ def read_header(read_at: ReadAt, length: int) -> ImageHeader:
         raise ImageError(f"image header is malformed: {error}", where=HEADER_NAME) from None
 
 
-def unpack(read_at: ReadAt, length: int, destination: Path) -> ImageHeader:
-    """Unpack an image into a directory that this call makes. Raises ImageError, OSError.
+class _Forward:
+    """Reads an image once, from its first byte to its last, and hashes all that it passes.
 
-    Files are made with O_EXCL and O_NOFOLLOW, so nothing that stands there is ever written through.
+    What is unpacked is thereby what was hashed, even if the medium changes its mind between two reads.
     """
-    header = read_header(read_at, length)
+
+    def __init__(self, read_at: ReadAt, length: int) -> None:
+        self._read_at, self._length, self._at = read_at, length, 0
+        self._sha256 = hashlib.sha256()
+
+    def __call__(self, offset: int, length: int) -> bytes:
+        assert offset >= self._at, "an image is read forwards"
+        self._take(offset - self._at)
+        return self._take(min(length, self._length - offset))
+
+    def _take(self, length: int) -> bytes:
+        block = self._read_at(self._at, length) if length > 0 else b""
+        self._sha256.update(block)
+        self._at += len(block)
+        return block
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest() if self._at == self._length else ""
+
+
+def unpack(read_at: ReadAt, length: int, destination: Path, sha256: str) -> ImageHeader:
+    """Unpack the image of this digest into a directory that this call makes. Raises ImageError, OSError.
+
+    When it raises, the directory is not to be used. Files are made with O_EXCL and O_NOFOLLOW, so nothing
+    that stands there is ever written through.
+    """
+    reader = _Forward(read_at, length)
     destination.mkdir(mode=0o700)
-    for member in members(read_at, length):
-        path = destination / member.path
+    found = members(reader, length)
+    header = _header(reader, next(found, None))
+    for member in found:
         if member.directory:
-            path.mkdir(mode=0o755)
-            continue
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(path, flags, 0o755 if member.executable else 0o644)
-        with os.fdopen(fd, "wb") as file:
-            at, end = member.offset, member.offset + member.size
-            while at < end:
-                block = read_at(at, min(COPY_BYTES, end - at))
-                if not block:
-                    raise ImageError("image ends in the middle", where=member.path)
-                file.write(block)
-                at += len(block)
+            (destination / member.path).mkdir(mode=0o755)
+        else:
+            _unpack_file(reader, member, destination / member.path)
+    if reader.hexdigest() != sha256:
+        raise ImageError("the image changed while it was unpacked", where=str(destination))
     return header
+
+
+def _unpack_file(read_at: ReadAt, member: Member, path: Path) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o755 if member.executable else 0o644)
+    with os.fdopen(fd, "wb") as file:
+        at, end = member.offset, member.offset + member.size
+        while at < end:
+            block = read_at(at, min(COPY_BYTES, end - at))
+            if not block:
+                raise ImageError("image ends in the middle", where=member.path)
+            file.write(block)
+            at += len(block)

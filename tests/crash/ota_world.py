@@ -182,7 +182,7 @@ def drive(world: World, flash: Flash) -> tuple[SlotName, bytes]:
     for _ in range(POWER_ONS_MAX):
         ctl = LoggedBootCtl(world, flash)
         slots = Slots(flash, FIRMWARE)
-        chosen = supervisor.choose(ctl, slots, verify)  # type: ignore[arg-type]
+        chosen = supervisor.choose(ctl, slots, verify, {})  # type: ignore[arg-type]
         if isinstance(chosen, LastResort):
             raise Violation(f"nothing boots: {chosen.reasons}")
         slot, target = chosen

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import bsdiff4
+import msgspec
 import pytest
 
+from tbox import durable
 from tbox.durable import TwoCopies
-from tbox.ota import boot
+from tbox.ota import boot, bootctl, install
 from tbox.ota.boot import BootControl, SlotState
 from tbox.ota.bootctl import BootControlError, BootCtl
 from tbox.ota.device import JOURNAL_STEM, load_journal
-from tbox.ota.model import Delta, Emergency, RollbackOrder
+from tbox.ota.install import STEPS, Job, Step
+from tbox.ota.model import Delta, Emergency, RollbackOrder, VerifiedTarget
 from tbox.ota.slots import Slots
 from tests.crash.flash import Flash, Image, every_cut
 from tests.crash.ota_world import (
@@ -206,3 +209,264 @@ def test_no_cut_and_no_second_cut_leave_anything_but_old_or_new(name: str) -> No
 def test_each_update_comes_to_the_rest_it_should(name: str) -> None:
     _, flash = run_to_rest(SCENARIOS[name], started(SCENARIOS[name]).start)
     assert isinstance(BootCtl(flash, FIRMWARE).read(), BootControl)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_one_cut_anywhere_is_harmless(name: str) -> None:
+    explore(SCENARIOS[name], twice=False)
+
+
+# --- planted bugs: the exploration must catch each --------------------------------------------------------
+
+Plant = Callable[[pytest.MonkeyPatch, Scenario], Scenario]
+
+
+def with_steps(scenario: Scenario, *steps: Step) -> Scenario:
+    return replace(scenario, world=replace(scenario.world, steps=steps))
+
+
+def with_boot_ctl(scenario: Scenario, boot_ctl: Callable[[Flash, str], BootCtl]) -> Scenario:
+    return replace(scenario, world=replace(scenario.world, boot_ctl=boot_ctl))
+
+
+def switch_before_fsync(_: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    return with_steps(scenario, *(step for step in STEPS if step is not install.sync_image))
+
+
+def bytes_before_unbootable(_: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    first, second, *rest = STEPS
+    return with_steps(scenario, second, first, *rest)
+
+
+def tries_before_bytes(_: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    return with_steps(
+        scenario,
+        install.mark_unbootable,
+        install.store_manifest,
+        install.seal,
+        install.write_image,
+        install.sync_image,
+        install.read_back,
+    )
+
+
+def tries_before_manifest(_: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    def seal(job: Job) -> None:
+        job.manifest_sha256 = sha256(job.manifest)
+        install.seal(job)
+
+    return with_steps(scenario, *STEPS[:4], seal, install.store_manifest)
+
+
+def manifest_without_fsync(_: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    def store(job: Job) -> None:
+        job.slots.storage.write(job.slots.manifest_path(job.name), job.manifest)
+        job.slots.storage.fsync_dir(job.slots.directory)
+        job.manifest_sha256 = sha256(job.manifest)
+
+    return with_steps(scenario, *STEPS[:4], store, install.seal)
+
+
+def image_name_not_synced(_: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    def sync(job: Job) -> None:
+        job.slots.storage.fsync(job.slots.image_path(job.name))
+
+    def store(job: Job) -> None:  # with the manifest's name synced, the image's would be too
+        job.slots.storage.fsync_dir = lambda path: None  # type: ignore[method-assign]
+        install.store_manifest(job)
+
+    return with_steps(scenario, *STEPS[:2], sync, STEPS[3], store, install.seal)
+
+
+class OneCopy(BootCtl):
+    """Writes the copy that holds the newest value."""
+
+    def __init__(self, flash: Flash, directory: str) -> None:
+        super().__init__(flash, directory)
+        self._flash, self._path = flash, f"{directory}/bootctl.1"
+
+    def commit(self, control: BootControl) -> BootControl:
+        raw = durable.frame(99, bootctl.encode(control))
+        self._flash.write(self._path, raw)
+        self._flash.fsync(self._path)
+        return control
+
+
+class BothCopiesAtOnce(OneCopy):
+    """Writes both copies and syncs them afterwards."""
+
+    def commit(self, control: BootControl) -> BootControl:
+        raw = durable.frame(99, bootctl.encode(control))
+        paths = (f"{FIRMWARE}/bootctl.0", f"{FIRMWARE}/bootctl.1")
+        for path in paths:
+            self._flash.write(path, raw)
+        for path in paths:
+            self._flash.fsync(path)
+        return control
+
+
+class NoSync(BootCtl):
+    """Takes the write for the deed."""
+
+    def __init__(self, flash: Flash, directory: str) -> None:
+        super().__init__(flash, directory)
+        self._flash = flash
+
+    def commit(self, control: BootControl) -> BootControl:
+        sync, self._flash.fsync = self._flash.fsync, lambda path: None  # type: ignore[method-assign]
+        super().commit(control)
+        self._flash.fsync = sync  # type: ignore[method-assign]
+        return control
+
+
+def one_copy(_: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    return with_boot_ctl(scenario, OneCopy)
+
+
+def both_copies_at_once(_: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    return with_boot_ctl(scenario, BothCopiesAtOnce)
+
+
+def boot_control_without_fsync(_: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    return with_boot_ctl(scenario, NoSync)
+
+
+def boot_control_without_crc(patch: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    def unframe(raw: bytes) -> tuple[int, bytes] | None:
+        if len(raw) < 24:
+            return None
+        return int.from_bytes(raw[8:16], "little"), raw[20 : 20 + int.from_bytes(raw[16:20], "little")]
+
+    patch.setattr(durable, "unframe", unframe)
+    return scenario
+
+
+def floor_before_good(patch: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    activate = boot.activate
+
+    def early(control: BootControl, name: boot.SlotName) -> BootControl:
+        after = activate(control, name)
+        return msgspec.structs.replace(after, floor=after.slot(name).security_counter)
+
+    patch.setattr(boot, "activate", early)
+    return scenario
+
+
+def no_try_counted(patch: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    patch.setattr(boot, "count_try", lambda control, name: control)
+    return scenario
+
+
+def good_at_first_start(patch: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    patch.setattr(boot, "count_try", boot.confirm)
+    return scenario
+
+
+def failed_image_forgotten(patch: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    fail = boot.fail
+
+    def forget(control: BootControl, name: boot.SlotName, reason: str) -> BootControl:
+        return msgspec.structs.replace(fail(control, name, reason), failed=())
+
+    patch.setattr(boot, "fail", forget)
+    return scenario
+
+
+def fallback_given_up(patch: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    activate = boot.activate
+
+    def alone(control: BootControl, name: boot.SlotName) -> BootControl:
+        after = activate(control, name)
+        gone = msgspec.structs.replace(after.slot(boot.other_slot(name)), priority=0, successful=False)
+        return after.with_slots(boot.other_slot(name), gone)
+
+    patch.setattr(boot, "activate", alone)
+    return scenario
+
+
+def cut_blamed_on_the_image(patch: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    """A slot that is half written at the next start is taken for a bad image."""
+    erase = boot.erase
+
+    def suspicious(control: BootControl, name: boot.SlotName, target: VerifiedTarget) -> BootControl:
+        entry = control.slot(name)
+        after = erase(control, name, target)
+        if entry.state is SlotState.UNBOOTABLE and entry.sha256 == target.sha256:
+            image = boot.FailedImage(sha256=entry.sha256, version=entry.version, reason="half written")
+            return msgspec.structs.replace(after, failed=(image,))
+        return after
+
+    patch.setattr(boot, "erase", suspicious)
+    return scenario
+
+
+def torn_copy_kept(patch: pytest.MonkeyPatch, scenario: Scenario) -> Scenario:
+    """What is left of a torn boot-control copy is written over instead of erased first."""
+
+    def write(self: TwoCopies, payload: bytes) -> int:
+        newest = self.read()
+        sequence = newest[0] + 1 if newest else 1
+        path = self._paths[sequence % 2]
+        if newest is not None and self._read_one(path) == newest:
+            path = self._paths[(sequence + 1) % 2]
+        existed = self._storage.exists(path)
+        self._storage.write(path, durable.frame(sequence, payload))
+        self._storage.fsync(path)
+        if not existed:
+            self._storage.fsync_dir(self._dir)
+        return sequence
+
+    patch.setattr(TwoCopies, "write", write)
+    return scenario
+
+
+PLANTED: dict[str, tuple[Plant, str]] = {
+    plant.__name__: (plant, scenario)
+    for plant, scenario in (
+        (switch_before_fsync, "full image"),
+        (bytes_before_unbootable, "back into slot a"),
+        (tries_before_bytes, "full image"),
+        (tries_before_manifest, "full image"),
+        (manifest_without_fsync, "full image"),
+        (image_name_not_synced, "full image"),
+        (one_copy, "full image"),
+        (both_copies_at_once, "full image"),
+        (boot_control_without_fsync, "full image"),
+        (boot_control_without_crc, "full image"),
+        (floor_before_good, "full image"),
+        (no_try_counted, "crash loop"),
+        (good_at_first_start, "crash loop"),
+        (failed_image_forgotten, "unhealthy"),
+        (fallback_given_up, "full image"),
+        (cut_blamed_on_the_image, "full image"),
+        (torn_copy_kept, "full image"),
+    )
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", PLANTED)
+def test_the_exploration_catches_a_planted_bug(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, scenario = PLANTED[bug]
+    planted = plant(monkeypatch, SCENARIOS[scenario])
+    with pytest.raises(Violation) as caught:
+        explore(planted, twice=bug == "torn_copy_kept")
+    print(f"{bug}: {caught.value}")
+
+
+def test_an_image_that_the_medium_changed_is_never_sealed() -> None:
+    class Worn(Flash):
+        def write(self, path: str, data: bytes, offset: int = 0, *, create: bool = True) -> None:
+            if path.endswith("slot_b.img"):
+                data = bytes([data[0] ^ 1]) + data[1:]
+            super().write(path, data, offset, create=create)
+
+    scenario = SCENARIOS["full image"]
+    world = fresh(scenario)
+    flash = Worn(scenario.start | world.staged)
+    assert drive(world, flash)[1] == OLD
+    control = BootCtl(flash, FIRMWARE).read()
+    assert control.b.state is SlotState.UNBOOTABLE and world.starts == 0
+    assert world.drafts[-1].body["event"] == "give-up"
+    drive(world, flash)
+    assert world.drafts[-1].body["reason"].startswith("given up after")
