@@ -17,7 +17,9 @@ from tbox.decode.table import (
     KIND_F32,
     KIND_F64,
     KIND_INT,
+    KIND_U64,
     MALFORMED_PLAN,
+    NO_ID,
     UNKNOWN_PLAN,
     WORD_BYTES,
     IntArray,
@@ -25,7 +27,11 @@ from tbox.decode.table import (
 )
 from tbox.model import FRAME_BYTES
 
-PAYLOAD_BYTES_MAX = 64
+FEW_FRAMES = 3  # up to here frames are decoded one by one
+
+# What a plan's rows need beyond shift and mask.
+NEEDS_SWAP, NEEDS_SIGN, NEEDS_KIND, NEEDS_CANTOOLS = 1, 2, 4, 8
+NEEDS_ALL = NEEDS_SWAP | NEEDS_SIGN
 
 
 class Fallback(NamedTuple):
@@ -59,34 +65,41 @@ class Decoder:
 
     def __init__(self, table: SignalTable) -> None:
         self.table = table
-        self._any_big = bool(table.big.any())
-        self._any_float = bool((table.kind != KIND_INT).any())
-        self._any_fallback = bool(table.fallback.any())
-        self._no_ids = (np.zeros(1, np.uint32), np.zeros(1, np.int64))
+        self._needs = _needs(table)
+        self._no_ids = (np.array([NO_ID], np.uint32), np.zeros(1, np.int64))
+        self._root_of = {
+            channel: dict(zip(keys.tolist(), plans.tolist(), strict=True))
+            for channel, (keys, plans) in table.roots.items()
+        }
+        self._lean: dict[int, _Lean] = {}
 
     def decode(self, channel: int, frames: npt.NDArray[np.void]) -> Decoded:
         """Decode frames of one bus. frames: (n,) model.FRAME_DTYPE."""
+        if not frames.flags.c_contiguous:
+            frames = np.ascontiguousarray(frames)
+        if len(frames) <= FEW_FRAMES:
+            return self._decode_few(channel, frames)
         table = self.table
-        frames = np.ascontiguousarray(frames)
         words = _words(frames)
-        lengths = np.minimum(frames["len"], PAYLOAD_BYTES_MAX)
+        lengths = frames["len"]
         plan = self._plans(channel, frames["id"], lengths, words)
+        needs = int(np.bitwise_or.reduce(self._needs.take(plan)))
         short = lengths < table.length.take(plan)
         count = table.count.take(plan)
-        frame = np.repeat(np.arange(len(frames)), count)
-        ends = np.cumsum(count)
-        row = np.arange(len(frame)) + np.repeat(table.start.take(plan) - ends + count, count)
+        frame = np.arange(len(frames)).repeat(count)
+        base = table.start.take(plan) + count - count.cumsum()
+        row = np.arange(len(frame)) + base.take(frame)
         if short.any():
             whole = table.need_bytes.take(row) <= lengths.take(frame)
             frame, row = frame[whole], row[whole]
-        raw = self._raw(words, frame, row)
-        value = self._values(raw, row)
-        fallback = self._cantools(frames, lengths, plan) if self._any_fallback else []
+        raw = self._raw(words, frame, row, needs)
+        value = self._values(raw, row, needs)
+        fallback = self._cantools(frames, plan, short) if needs & NEEDS_CANTOOLS else []
         return Decoded(plan, short, frame, row, raw, value, fallback)
 
     def raw(self, frames: npt.NDArray[np.void], frame: IntArray, row: IntArray) -> IntArray:
         """Return raw values by (index into frames, table row)."""
-        return self._raw(_words(np.ascontiguousarray(frames)), frame, row)
+        return self._raw(_words(np.ascontiguousarray(frames)), frame, row, NEEDS_ALL)
 
     def _plans(
         self, channel: int, ids: IntArray, lengths: npt.NDArray[np.uint8], words: npt.NDArray[np.uint64]
@@ -94,60 +107,136 @@ class Decoder:
         """Return each frame's plan: by id, then by its selectors until none is left."""
         table = self.table
         keys, roots = table.roots.get(channel, self._no_ids)
-        place = np.searchsorted(keys, ids)
-        place[place == len(keys)] = 0
+        place = keys.searchsorted(ids)
         plan = roots.take(place)
-        plan[keys.take(place) != ids] = UNKNOWN_PLAN
+        plan *= keys.take(place) == ids  # else UNKNOWN_PLAN, which is 0
         open_ = np.flatnonzero(table.selector_row.take(plan) >= 0)
         while len(open_):
             at = plan.take(open_)
             row = table.selector_row.take(at)
-            value = self._raw(words, open_, row)
+            value = self._raw(words, open_, row, NEEDS_ALL)
             known = value < table.selector_size.take(at)
-            target = table.selector_plan.take(table.selector_base.take(at) + np.where(known, value, 0))
+            value *= known
+            value += table.selector_base.take(at)
+            target = table.selector_plan.take(value)
             target[~known] = MALFORMED_PLAN
             cut = table.need_bytes.take(row) > lengths.take(open_)
-            plan[open_] = np.where(cut, at, target)
-            open_ = open_[~cut]
-            open_ = open_[table.selector_row.take(plan.take(open_)) >= 0]
+            if cut.any():
+                target[cut] = at[cut]
+            plan[open_] = target
+            on = (table.selector_row.take(target) >= 0) & ~cut
+            open_ = open_[on]
         return plan
 
-    def _raw(self, words: npt.NDArray[np.uint64], frame: IntArray, row: IntArray) -> IntArray:
+    def _raw(self, words: npt.NDArray[np.uint64], frame: IntArray, row: IntArray, needs: int) -> IntArray:
         table = self.table
-        word = words[frame * FRAME_BYTES + table.byte.take(row)]
-        if self._any_big:
+        place = frame * FRAME_BYTES
+        place += table.byte.take(row)
+        # take() copies the unaligned view whole first, which pays from some signals a frame on.
+        dense = len(row) * WORD_BYTES > len(words)
+        word: npt.NDArray[np.uint64] = words.take(place) if dense else words[place]
+        if needs & NEEDS_SWAP:
             big = np.flatnonzero(table.big.take(row))
             word[big] = word[big].byteswap()
         word >>= table.shift.take(row)
         word &= table.mask.take(row)
-        half = table.half.take(row)
-        word ^= half
-        word -= half
+        if needs & NEEDS_SIGN:
+            half = table.half.take(row)
+            word ^= half
+            word -= half
         raw: IntArray = word.view(np.int64)
         return raw
 
-    def _values(self, raw: IntArray, row: IntArray) -> npt.NDArray[np.float64]:
+    def _values(self, raw: IntArray, row: IntArray, needs: int) -> npt.NDArray[np.float64]:
         table = self.table
         value = raw.astype(np.float64)
-        with np.errstate(over="ignore", invalid="ignore"):  # infinities and signalling NaNs are values too
-            if self._any_float:
-                _put_floats(value, raw, table.kind.take(row))
-            value *= table.scale.take(row)
-            value += table.add.take(row)
+        if needs & NEEDS_KIND:
+            _put_kinds(value, raw, table.kind.take(row))
+            with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaNs are values too
+                value *= table.scale.take(row)
+                value += table.add.take(row)
+            return value
+        value *= table.scale.take(row)
+        value += table.add.take(row)
         return value
 
+    # --- few frames: no flat layout, the rows of a plan lie side by side already ------------------------
+
+    def _decode_few(self, channel: int, frames: npt.NDArray[np.void]) -> Decoded:
+        words = _words(frames)
+        lengths = frames["len"].tolist()
+        roots = self._root_of.get(channel, {})
+        plans: list[int] = []
+        parts: list[tuple[int, IntArray, IntArray, npt.NDArray[np.float64]]] = []
+        needs = 0
+        for index, can_id in enumerate(frames["id"].tolist()):
+            lean = self._lean_of(roots.get(can_id, UNKNOWN_PLAN))
+            while lean.selector_row >= 0 and lean.selector_bytes <= lengths[index]:
+                lean = self._lean_of(self._turn(words, index, lean))
+            plans.append(lean.plan)
+            needs |= lean.needs
+            if len(lean.row):
+                parts.append(self._decode_lean(words, index, lengths[index], lean))
+        plan = np.array(plans, np.int64)
+        short = frames["len"] < self.table.length.take(plan)
+        fallback = self._cantools(frames, plan, short) if needs & NEEDS_CANTOOLS else []
+        if len(parts) == 1:
+            index, row, raw, value = parts[0]
+            return Decoded(plan, short, np.full(len(row), index), row, raw, value, fallback)
+        frame = np.array([part[0] for part in parts], np.int64).repeat([len(part[1]) for part in parts])
+        row, raw = _joined([part[1] for part in parts]), _joined([part[2] for part in parts])
+        value = np.concatenate([part[3] for part in parts]) if parts else np.zeros(0)
+        return Decoded(plan, short, frame, row, raw, value, fallback)
+
+    def _lean_of(self, plan: int) -> _Lean:
+        lean = self._lean.get(plan)
+        if lean is None:
+            lean = self._lean[plan] = _lean(self.table, plan, int(self._needs[plan]))
+        return lean
+
+    def _turn(self, words: npt.NDArray[np.uint64], index: int, lean: _Lean) -> int:
+        """Return the plan a selector leads to."""
+        table, plan = self.table, lean.plan
+        one = np.array([lean.selector_row])
+        value = int(self._raw(words, np.array([index]), one, NEEDS_ALL)[0])
+        if value >= table.selector_size[plan]:
+            return MALFORMED_PLAN
+        return int(table.selector_plan[table.selector_base[plan] + value])
+
+    def _decode_lean(
+        self, words: npt.NDArray[np.uint64], index: int, length: int, lean: _Lean
+    ) -> tuple[int, IntArray, IntArray, npt.NDArray[np.float64]]:
+        word = words[lean.byte + index * FRAME_BYTES]
+        if lean.big is not None:
+            word[lean.big] = word[lean.big].byteswap()
+        word >>= lean.shift
+        word &= lean.mask
+        if lean.half is not None:
+            word ^= lean.half
+            word -= lean.half
+        raw: IntArray = word.view(np.int64)
+        if lean.needs & NEEDS_KIND:
+            value = self._values(raw, lean.row, lean.needs)
+        else:
+            value = raw * lean.scale
+            value += lean.add
+        if length < lean.bytes:
+            whole = self.table.need_bytes.take(lean.row) <= length
+            return index, lean.row[whole], raw[whole], value[whole]
+        return index, lean.row, raw, value
+
     def _cantools(
-        self, frames: npt.NDArray[np.void], lengths: npt.NDArray[np.uint8], plan: IntArray
+        self, frames: npt.NDArray[np.void], plan: IntArray, short: npt.NDArray[np.bool_]
     ) -> list[Fallback]:
         """Let cantools decode what only it can; a frame it refuses gets the malformed plan."""
         done: list[Fallback] = []
         for index in np.flatnonzero(self.table.fallback.take(plan)).tolist():
             info = self.table.plan_info[plan[index]]
-            payload = frames["data"][index, : lengths[index]].tobytes()
+            payload = frames["data"][index, : frames["len"][index]].tobytes()
             one = decode_by_cantools(self.table.definitions[info.definition].message, index, payload)
             done.append(one)
             if one.error:
-                plan[index] = MALFORMED_PLAN
+                plan[index], short[index] = MALFORMED_PLAN, False
         return done
 
 
@@ -165,12 +254,73 @@ def _words(frames: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
     return np.ndarray((count,), "<u8", buffer=frames.data, strides=(1,))
 
 
-def _put_floats(value: npt.NDArray[np.float64], raw: IntArray, kind: npt.NDArray[np.uint8]) -> None:
-    for code, as_int, as_float in (
+def _joined(parts: list[IntArray]) -> IntArray:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _put_kinds(value: npt.NDArray[np.float64], raw: IntArray, kind: npt.NDArray[np.uint8]) -> None:
+    """Put in what is not an int64: floats by their bits, and unsigned integers of 64 bits."""
+    for code, bits, meaning in (
         (KIND_F16, np.uint16, np.float16),
         (KIND_F32, np.uint32, np.float32),
         (KIND_F64, np.uint64, np.float64),
+        (KIND_U64, np.uint64, np.uint64),
     ):
         at = np.flatnonzero(kind == code)
         if len(at):
-            value[at] = raw[at].astype(as_int).view(as_float)
+            with np.errstate(invalid="ignore"):  # signalling NaNs
+                value[at] = raw[at].astype(bits).view(meaning)
+
+
+class _Lean(NamedTuple):
+    """One plan's part of the table, cut out for frames that come alone."""
+
+    plan: int
+    row: IntArray
+    byte: IntArray
+    shift: npt.NDArray[np.uint64]
+    mask: npt.NDArray[np.uint64]
+    half: npt.NDArray[np.uint64] | None
+    big: IntArray | None
+    scale: npt.NDArray[np.float64]
+    add: npt.NDArray[np.float64]
+    bytes: int
+    needs: int
+    selector_row: int
+    selector_bytes: int
+
+
+def _lean(table: SignalTable, plan: int, needs: int) -> _Lean:
+    row = np.arange(table.start[plan], table.start[plan] + table.count[plan])
+    selector = int(table.selector_row[plan])
+    return _Lean(
+        plan=plan,
+        row=row,
+        byte=table.byte[row],
+        shift=table.shift[row],
+        mask=table.mask[row],
+        half=table.half[row] if needs & NEEDS_SIGN else None,
+        big=np.flatnonzero(table.big[row]) if needs & NEEDS_SWAP else None,
+        scale=table.scale[row],
+        add=table.add[row],
+        bytes=int(table.length[plan]),
+        needs=needs,
+        selector_row=selector,
+        selector_bytes=int(table.need_bytes[selector]) if selector >= 0 else 0,
+    )
+
+
+def _needs(table: SignalTable) -> npt.NDArray[np.uint8]:
+    """Return for every plan which steps its rows need beyond shift and mask."""
+    needs = np.zeros(len(table.plan_info), np.uint8)
+    for plan, info in enumerate(table.plan_info):
+        rows = slice(info.rows.start, info.rows.stop)
+        if info.reason:
+            needs[plan] = NEEDS_CANTOOLS
+            continue
+        needs[plan] = (
+            NEEDS_SWAP * bool(table.big[rows].any())
+            | NEEDS_SIGN * bool(table.half[rows].any())
+            | NEEDS_KIND * bool((table.kind[rows] != KIND_INT).any())
+        )
+    return needs

@@ -10,7 +10,7 @@ import numpy as np
 
 from tbox.decode.batch import Decoded, Decoder, Fallback, decode_by_cantools
 from tbox.decode.database import Database
-from tbox.decode.table import MALFORMED_PLAN, UNKNOWN_PLAN, SignalTable, compile_table
+from tbox.decode.table import KIND_U64, MALFORMED_PLAN, UNKNOWN_PLAN, SignalTable, compile_table
 from tbox.model import FRAME_DTYPE
 
 ANY_CHANNEL = 0  # the database of a recording is one bus's, whatever channels the recording has
@@ -99,6 +99,9 @@ class Objects:
         values: list[float | int] = decoded.value.tolist()
         for index in np.flatnonzero(self.table.is_int.take(decoded.row)).tolist():
             values[index] = int(values[index])
+        for index in np.flatnonzero(self.table.is_raw.take(decoded.row)).tolist():
+            raw, unsigned = int(decoded.raw[index]), self.table.kind[decoded.row[index]] == KIND_U64
+            values[index] = raw % (1 << 64) if unsigned else raw
         names = self._names
         signals: list[dict[str, Any]] = [{} for _ in range(frames)]
         for frame, row, value in zip(decoded.frame.tolist(), decoded.row.tolist(), values, strict=True):

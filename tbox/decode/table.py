@@ -28,9 +28,10 @@ LAST_WORD_BYTE = 64 - WORD_BYTES  # a word read from here on would leave the pay
 EXACT_INT_MAX = 1 << 53  # float64 holds every integer up to here
 SELECTOR_VALUES_MAX = 1 << 16  # longer selectors go to cantools
 PLANS_MAX = 1 << 20
+NO_ID = 0xFFFF_FFFF  # above every id with its flag
 
-# What the bits are.
-KIND_INT, KIND_F16, KIND_F32, KIND_F64 = range(4)
+# What the bits are. KIND_U64: an unsigned integer of 64 bits, which an int64 cannot hold.
+KIND_INT, KIND_F16, KIND_F32, KIND_F64, KIND_U64 = range(5)
 _FLOAT_KINDS = {16: KIND_F16, 32: KIND_F32, 64: KIND_F64}
 
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -72,7 +73,8 @@ class NotInTable(Exception):
 class SignalTable:
     """The rows of all plans as parallel arrays, the plans, and the ids of each channel.
 
-    value = raw * scale + add, rounded twice as cantools does. column: index into `columns`.
+    value = raw * scale + add, rounded twice as cantools does; an integer above 2^53 is exact in raw only.
+    column: index into `columns`.
     """
 
     definitions: list[Definition] = field(default_factory=list)
@@ -91,6 +93,9 @@ class SignalTable:
     scale: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     add: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     is_int: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    is_raw: npt.NDArray[np.bool_] = field(
+        default_factory=lambda: np.zeros(0, np.bool_)
+    )  # int = raw, not value
     column: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
 
     start: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))  # first row of a plan
@@ -117,7 +122,7 @@ class _Compiler:
     def __init__(self) -> None:
         self.table = SignalTable()
         self.bits: list[_Bits] = []
-        self.factors: list[tuple[float, float, bool]] = []
+        self.factors: list[Factors] = []
         self.row_columns: list[int] = []
         self.selectors: list[tuple[int, int, int, int]] = []  # per plan: row, base, size, stem
         self.selector_plan: list[int] = []
@@ -132,6 +137,7 @@ class _Compiler:
         self._arrays()
         for channel, pairs in roots.items():
             pairs.sort()
+            pairs.append((NO_ID, UNKNOWN_PLAN))  # so that a search never ends beyond the last
             keys = np.array([can_id for can_id, _ in pairs], np.uint32)
             self.table.roots[channel] = (keys, np.array([plan for _, plan in pairs], np.int64))
         return self.table
@@ -164,10 +170,10 @@ class _Compiler:
                 self.bits.append(locate(signal, message.length))
             except NotInTable:
                 self.bits.append(_Bits(0, 0, 0, 0, False, 0, KIND_INT))
-            self._row(index, signal, (1.0, 0.0, False))
+            self._row(index, signal, Factors(1.0, 0.0, False, False))
         return range(first, len(self.bits))
 
-    def _row(self, index: int, signal: Any, factor: tuple[float, float, bool]) -> None:
+    def _row(self, index: int, signal: Any, factor: Factors) -> None:
         columns, key = self.table.columns, (index, signal.name)
         if key not in self.table.column_of:
             self.table.column_of[key] = len(columns)
@@ -200,7 +206,8 @@ class _Compiler:
     ) -> None:
         """Give a plan its selector, a plan for each value; the plan itself serves when that is cut off."""
         signal = self.table.row_info[row].signal
-        if self.bits[row].kind != KIND_INT or self.bits[row].half or self.factors[row] != (1.0, 0.0, True):
+        plain = self.factors[row] == (1.0, 0.0, True, False)
+        if self.bits[row].kind != KIND_INT or self.bits[row].half or not plain:
             raise NotInTable(f"selector {signal.name} is signed, scaled or a float")
         values = [value for value in branches if 0 <= value <= self.bits[row].mask]
         if values and max(values) >= SELECTOR_VALUES_MAX:
@@ -228,9 +235,10 @@ class _Compiler:
         table.big = np.array([b.big for b in self.bits], np.bool_)
         table.need_bytes = np.array([b.need_bytes for b in self.bits], np.uint8)
         table.kind = np.array([b.kind for b in self.bits], np.uint8)
-        table.scale = np.array([f[0] for f in self.factors], np.float64)
-        table.add = np.array([f[1] for f in self.factors], np.float64)
-        table.is_int = np.array([f[2] for f in self.factors], np.bool_)
+        table.scale = np.array([f.scale for f in self.factors], np.float64)
+        table.add = np.array([f.add for f in self.factors], np.float64)
+        table.is_int = np.array([f.is_int for f in self.factors], np.bool_)
+        table.is_raw = np.array([f.is_raw for f in self.factors], np.bool_)
         table.column = np.array(self.row_columns, np.int32)
         table.start = np.array([p.rows.start for p in plans], np.int64)
         table.fallback = np.array([bool(p.reason) for p in plans], np.bool_)
@@ -283,7 +291,7 @@ def locate(signal: Any, length: int) -> _Bits:
     inside = first - 8 * byte
     if inside + bits > 64 or bits <= 0 or first + bits > 8 * length:
         raise NotInTable(f"{signal.name} does not lie within eight bytes")
-    kind = KIND_INT
+    kind = KIND_U64 if bits == 64 and not signal.is_signed else KIND_INT
     if signal.conversion.is_float:
         if bits not in _FLOAT_KINDS:
             raise NotInTable(f"{signal.name} is a float of {bits} bits")
@@ -305,26 +313,34 @@ def raw_span(signal: Any) -> tuple[int, int]:
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signal.is_signed else (0, (1 << bits) - 1)
 
 
-def factors(signal: Any) -> tuple[float, float, bool]:
-    """Return scale, addend and whether values are ints, such that float64 arithmetic equals cantools'.
+class Factors(NamedTuple):
+    """value = raw * scale + add. is_int: values are ints; is_raw: so large that only raw is exact."""
 
-    Raises NotInTable where it would not: integers that a float64 cannot hold.
-    """
+    scale: float
+    add: float
+    is_int: bool
+    is_raw: bool
+
+
+def factors(signal: Any) -> Factors:
+    """Return factors such that float64 arithmetic equals cantools'. Raises NotInTable where it would not."""
     conversion = signal.conversion
     scale, offset, is_float = conversion.scale, conversion.offset, bool(conversion.is_float)
     if is_float:
         if scale == 1 and offset == 0:
-            return 1.0, -0.0, False  # x + -0.0 is x for every x, -0.0 included
-        return _exact(signal, scale), _exact(signal, offset), False
+            return Factors(1.0, -0.0, False, False)  # x + -0.0 is x for every x, -0.0 included
+        return Factors(_exact(signal, scale), _exact(signal, offset), False, False)
     low, high = raw_span(signal)
     whole = float(scale).is_integer() and float(offset).is_integer()
     scale_f, offset_f = _exact(signal, scale), _exact(signal, offset)
     reach = max(abs(low), abs(high))
+    if whole and scale == 1 and offset == 0:
+        return Factors(1.0, 0.0, True, reach > EXACT_INT_MAX)
     if whole:
         reach = max(reach, reach * abs(int(scale)) + abs(int(offset)))
-    if reach > EXACT_INT_MAX:
+    if reach > EXACT_INT_MAX and (whole or isinstance(scale, int)):
         raise NotInTable(f"{signal.name} takes integers above 2^53")
-    return scale_f, offset_f, whole
+    return Factors(scale_f, offset_f, whole, False)
 
 
 def _exact(signal: Any, number: float) -> float:

@@ -1,0 +1,122 @@
+"""Decode against cantools: the batch decoder at several batch sizes, and the whole stage with its checks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cantools.database
+import numpy as np
+import numpy.typing as npt
+
+from tbox.decode.batch import Decoder
+from tbox.decode.database import Database, DbcFile, DecodeSettings, Definition, load_database
+from tbox.decode.roles import RoleMap
+from tbox.decode.stage import DecodeStage
+from tbox.decode.table import compile_table
+from tbox.ledger import Ledger
+from tbox.model import FRAME_DTYPE, NS_PER_MS, FrameBatch, Now
+from tests.bench.harness import Result, interleaved
+
+REPO = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("TBOX_DATA", REPO.parent / "shared" / "data"))
+FRAMES = 2_000
+# Issue figures: batch size -> how many times cantools' speed.
+GOALS = {1: 0.5, 5: 0.5, 50: 5.0, 100: 8.0, 1000: 12.0}
+
+
+def cases() -> Iterator[Result]:
+    for name, database, frames in _mixes():
+        for size, goal in GOALS.items():
+            yield _against_cantools(name, database, frames, size, goal)
+        yield _stage(name, database, frames, 100)
+
+
+def _mixes() -> Iterator[tuple[str, Database, npt.NDArray[np.void]]]:
+    """Mixed ids: our BMS and vehicle, and a production car's bus of about 20 signals a message."""
+    own = load_database([DbcFile(str(REPO / "dbc" / f"tbox_{n}.dbc")) for n in ("bms", "vehicle")])
+    yield "own", own, _random_frames(own)
+    model3 = DATA / "dbc" / "model3.dbc"
+    if model3.exists():
+        tesla = load_database([DbcFile(str(model3))])
+        yield "model3", tesla, _random_frames(tesla)
+
+
+def _random_frames(database: Database) -> npt.NDArray[np.void]:
+    """Random payloads that cantools decodes, each message as often as any other."""
+    rng = np.random.default_rng(1)
+    frames = np.zeros(FRAMES, FRAME_DTYPE)
+    count = 0
+    while count < FRAMES:
+        definition = database.definitions[int(rng.integers(len(database.definitions)))]
+        payload = rng.integers(0, 256, definition.message.length, np.uint8).tobytes()
+        if _decodes(definition, payload):
+            data = np.frombuffer(payload.ljust(64, b"\0"), np.uint8)
+            frames[count] = (definition.can_id, len(payload), 0, (0, 0), data)
+            count += 1
+    return frames
+
+
+def _decodes(definition: Definition, payload: bytes) -> bool:
+    try:
+        return bool(definition.message.decode(payload, decode_choices=False))
+    except Exception:
+        return False
+
+
+def _us_per_frame(work: Callable[[], Any], frames: int) -> float:
+    begin = time.process_time()
+    work()
+    return (time.process_time() - begin) / frames * 1e6
+
+
+def _against_cantools(
+    name: str, database: Database, frames: npt.NDArray[np.void], size: int, goal: float
+) -> Result:
+    decoder = Decoder(compile_table(database.definitions))
+    parts = [np.ascontiguousarray(frames[n : n + size]) for n in range(0, len(frames), size)]
+    peer_database = cantools.database.can.Database([d.message for d in database.definitions], strict=False)
+    known = [(int(f["id"]), f["data"][: f["len"]].tobytes()) for f in frames]
+
+    def ours() -> None:
+        for part in parts:
+            decoder.decode(0, part)
+
+    def peer() -> None:
+        for can_id, payload in known:
+            peer_database.decode_message(can_id, payload, decode_choices=False)
+
+    us, peer_us, ratio = interleaved(
+        lambda: _us_per_frame(ours, len(frames)), lambda: _us_per_frame(peer, len(frames))
+    )
+    signals = len(decoder.decode(0, frames).value) / len(frames)
+    return Result(
+        bench="decode", case=f"{name}, batch {size}", value=round(us, 3), unit="us/frame",
+        peer="cantools decode_message", peer_value=round(peer_us, 3), ratio=round(ratio, 2),
+        goal=f">= {goal}x", ok=ratio >= goal, note=f"{signals:.1f} signals a frame",
+    )  # fmt: skip
+
+
+def _stage(name: str, database: Database, frames: npt.NDArray[np.void], size: int) -> Result:
+    """The stage with roles and all validity checks, no goal of its own: it is part of the agent's."""
+    stage = DecodeStage(database, RoleMap.load(), Ledger(), DecodeSettings())
+    t_ns = np.arange(len(frames), dtype=np.int64) * (NS_PER_MS // 10)
+    parts = [
+        FrameBatch(0, np.ascontiguousarray(frames[n : n + size]), t_ns[n : n + size])
+        for n in range(0, len(frames), size)
+    ]
+
+    def ours() -> float:
+        def work() -> None:
+            for part in parts:
+                stage.step(Now(0), part)
+
+        return _us_per_frame(work, len(frames))
+
+    us, _, _ = interleaved(ours, lambda: 1.0)
+    return Result(
+        bench="decode", case=f"{name}, whole stage, batch {size}", value=round(us, 3), unit="us/frame"
+    )
