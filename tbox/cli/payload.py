@@ -30,7 +30,11 @@ def payload(file: str, indent: bool) -> None:
     """
     raw = _read(file)
     if not raw.startswith(b"{"):  # no payload begins with it: MessagePack maps do not
-        click.echo(_text(decode_payload(raw, expand=True), indent))
+        try:
+            record = decode_payload(raw, expand=True)
+        except PayloadError as error:
+            raise PayloadError(error.what, where=file) from error
+        click.echo(_text(record, indent))
         return
     reader = CaptureReader(raw.splitlines())
     bad = 0

@@ -184,7 +184,7 @@ class PrivacyFilter:
                 for name, column in positional.items()
                 if "latitude" not in name.lower() and "longitude" not in name.lower()
             ]
-        return replace(series, columns=tuple(kept))
+        return replace(series, columns=tuple(kept))  # a block is numbered on, so it is no position
 
     def _blur_columns(self, latitude: Column, longitude: Column) -> list[Column]:
         here = np.ones(len(latitude.raw), np.bool_)

@@ -181,6 +181,7 @@ class MosquittoBroker(_Managed):
             "log_type error",
             "log_type warning",
             "log_type notice",
+            "log_type subscribe",
         ]
         if os.geteuid() == 0:
             lines.append("user root")  # else it gives up root, and with it the way into `directory`

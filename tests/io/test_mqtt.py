@@ -122,6 +122,7 @@ def test_a_wrong_certificate_stops_the_uplink_which_says_so_and_keeps_the_record
     assert spool.acked == []
 
 
+@pytest.mark.slow
 def test_a_wrong_password_stops_the_attempts_and_the_right_one_works(tmp_path: Path) -> None:
     word = tmp_path / "word"
     word.write_text("wrong")
@@ -189,6 +190,7 @@ def test_a_frozen_broker_is_noticed_by_our_own_deadline(broker: MosquittoBroker)
     assert result.ok and result.duplicates <= uplink.status()["requeued"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("up", [True, False], ids=["both ways", "only the way back"])
 def test_a_silent_cut_loses_nothing_and_repeats_only_what_was_in_flight(
     broker: MosquittoBroker, up: bool
@@ -239,6 +241,7 @@ def test_latency_and_late_segments_only_make_it_slower(broker: MosquittoBroker) 
         uplink.stop(5.0)
 
 
+@pytest.mark.slow
 def test_an_idle_link_that_died_is_found_by_the_probe(broker: MosquittoBroker) -> None:
     with LinkCutter(broker.port) as cutter:
         uplink = an_uplink(settings_for(cutter.port), MemorySpool())
