@@ -198,11 +198,27 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """Columns of one scale that are all present and numbered on: `prefix + str(first + i) + suffix`.
+
+    The cells of a pack as one value: what makes them hundreds of columns is done once, in numpy.
+    """
+
+    prefix: str
+    first: int
+    suffix: str
+    scale: float
+    offset: float
+    raw: npt.NDArray[np.int64]  # (columns, k)
+
+
+@dataclass(frozen=True, slots=True)
 class Series:
     """Columns that share their times. t_ms: (k,) int64, milliseconds after the record's mono_ns."""
 
     t_ms: npt.NDArray[np.int64]
     columns: tuple[Column, ...]
+    blocks: tuple[Block, ...] = ()
 
 
 # --- records ------------------------------------------------------------------------------------------

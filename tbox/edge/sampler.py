@@ -17,7 +17,9 @@ as dropped "unrepresentable".
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -30,6 +32,7 @@ from tbox.model import (
     NS_PER_MS,
     NS_PER_S,
     ROLE_UNITS,
+    Block,
     Column,
     Draft,
     Level,
@@ -52,6 +55,8 @@ STATE_ROLES = frozenset(role for role, unit in ROLE_UNITS.items() if not unit)
 LAST_ONLY_ROLES = frozenset({"latitude", "longitude", "odometer"})  # a mean of these tells nobody anything
 
 LATE_NS = 50 * NS_PER_MS  # a record waits so long for samples of its last window
+FOLD_SAMPLES = 4096  # samples wait until there are so many, or
+FOLD_EVERY_NS = 100 * NS_PER_MS  # for so long: one fold of many costs a fraction of many folds
 STATE_ROWS_MAX = 500  # per record; a chattering state sends its record early
 WINDOW_ROWS_MAX = 600  # windows of a record
 
@@ -60,6 +65,9 @@ WINDOW_ROWS_MAX = 600  # windows of a record
 # estimate cannot exceed 60 KiB of payload.
 RECORD_BYTES_TARGET = 40 * 1024
 NAME_SHARE, COLUMN_OVERHEAD_BYTES = 0.5, 9.0
+BLOCK_BYTES_TARGET = 8 * 1024  # a block that would be larger is cut, so that records can be
+NUMBERED_ROLES = ("cell_voltage", "probe_temperature")  # whose columns are packed as blocks
+NUMBERED_NAME_CHARS_MAX = 200
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -112,13 +120,13 @@ class SamplerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         return plan
 
 
-class _Block(NamedTuple):
-    """Columns that share a time axis, with the estimated packed size of each."""
+class _Table(NamedTuple):
+    """Columns and tables of them that share a time axis, with the estimated packed size of each."""
 
     window_ms: int  # 0: rows at their own times
     t_ns: I64
-    columns: list[Column]
-    cost_bytes: F64
+    items: list[Column | Block]
+    cost_bytes: list[float]
 
 
 class Sampler:
@@ -134,18 +142,21 @@ class Sampler:
         self._settings = settings or SamplerSettings()
         self._account = account
         self._names = column_names(catalog)
-        self._name_cost = np.array([len(name.encode()) * NAME_SHARE for name in self._names])
+        self._families = _Families(catalog, self._names)
         self._scales = _Scales(catalog)
         is_state = np.array([signal.role in STATE_ROLES for signal in catalog], dtype=np.bool_)
         has_role = np.array([bool(signal.role) for signal in catalog], dtype=np.bool_)
         self._last_only = np.array([signal.role in LAST_ONLY_ROLES for signal in catalog], dtype=np.bool_)
         self._is_state = is_state
         self._states = _States(np.flatnonzero(is_state), len(catalog))
-        self._fine = np.flatnonzero(has_role & ~is_state)
+        self._fine = self._families.in_order(np.flatnonzero(has_role & ~is_state))
         self._other = np.flatnonzero(~has_role)
         self._context = Context()
         self._keyframe_ns = 0  # when all states were last told
         self._open: int | None = None  # index of the open fine record period
+        self._waiting: list[SampleBatch] = []  # taken in, not yet folded
+        self._waiting_samples = 0
+        self._folded_ns = 0
         self._windows = _Windows(self._plan(), self._fine, self._other, len(catalog))
 
     def step(self, now: Now, samples: SampleBatch, context: Context) -> list[Draft]:
@@ -160,9 +171,17 @@ class Sampler:
         self._context = context
         if self._open is None:
             self._open_period(now.mono_ns // self._windows.record_ns)
-        drafts += self._take(now, samples)
+        if len(samples):
+            self._account.into += len(samples)
+            self._account.held += len(samples)
+            self._waiting.append(samples)
+            self._waiting_samples += len(samples)
         assert self._open is not None
-        if now.mono_ns >= (self._open + 1) * self._windows.record_ns + LATE_NS:
+        due = now.mono_ns >= (self._open + 1) * self._windows.record_ns + LATE_NS
+        waited = now.mono_ns - self._folded_ns >= FOLD_EVERY_NS
+        if due or waited or self._waiting_samples >= FOLD_SAMPLES:
+            drafts += self._fold_waiting(now)
+        if due and now.mono_ns // self._windows.record_ns > self._open:
             drafts += self._roll(now.mono_ns // self._windows.record_ns)
         return drafts
 
@@ -171,49 +190,62 @@ class Sampler:
         self._context = context
         if self._open is None:
             return []
-        return self._emit(self._drain(fine=True) + self._drain(fine=False) + self._drain_states())
+        drafts = self._fold_waiting(now)
+        return drafts + self._emit(self._drain(fine=True) + self._drain(fine=False) + self._drain_states())
 
     # --- in --------------------------------------------------------------------------------------------
 
     def _plan(self) -> ModePlan:
         return self._settings.plan(self._context.mode)
 
-    def _take(self, now: Now, samples: SampleBatch) -> list[Draft]:
-        self._account.into += len(samples)
-        t_ns, column, value = samples.t_ns, samples.column, samples.value
-        ok = samples.validity == Validity.VALID
-        if not ok.all():
-            self._account.drop("invalid", len(ok) - int(np.count_nonzero(ok)))
-            t_ns, column, value = t_ns[ok], column[ok], value[ok]
-        ok = self._scales.holds(column, value)
-        if not ok.all():
-            self._account.drop("unrepresentable", len(ok) - int(np.count_nonzero(ok)))
-            t_ns, column, value = t_ns[ok], column[ok], value[ok]
-        if not len(t_ns):
+    def _fold_waiting(self, now: Now) -> list[Draft]:
+        """Fold all that waits, without what is invalid or has no raw integer."""
+        self._folded_ns = now.mono_ns
+        if not self._waiting:
             return []
-        self._account.held += len(t_ns)
-        return self._by_period(np.minimum(t_ns, now.mono_ns), column, value)
+        batches, self._waiting, self._waiting_samples = self._waiting, [], 0
+        t_ns, column, value, validity = (
+            np.concatenate(arrays) if len(batches) > 1 else arrays[0]
+            for arrays in zip(*((b.t_ns, b.column, b.value, b.validity) for b in batches), strict=True)
+        )
+        if np.count_nonzero(validity):
+            ok = self._refuse(validity == Validity.VALID, "invalid")
+            t_ns, column, value = t_ns[ok], column[ok], value[ok]
+        if not self._scales.holds_all(value):
+            ok = self._refuse(self._scales.holds(column, value), "unrepresentable")
+            t_ns, column, value = t_ns[ok], column[ok], value[ok]
+        return self._by_period(now, t_ns, column, value) if len(t_ns) else []
 
-    def _by_period(self, t_ns: I64, column: npt.NDArray[np.int32], value: F64) -> list[Draft]:
+    def _refuse(self, ok: Bools, cause: str) -> Bools:
+        refused = len(ok) - int(np.count_nonzero(ok))
+        self._account.held -= refused
+        self._account.drop(cause, refused)
+        return ok
+
+    def _by_period(self, now: Now, t_ns: I64, column: npt.NDArray[np.int32], value: F64) -> list[Draft]:
         """Fold period by period (mostly there is one); the record of a period leaves when the next begins."""
         record_ns = self._windows.record_ns
         assert self._open is not None
-        t_ns = np.maximum(t_ns, self._open * record_ns)
+        if int(t_ns.max()) > now.mono_ns:
+            t_ns = np.minimum(t_ns, now.mono_ns)
+        if int(t_ns.min()) < self._open * record_ns:
+            t_ns = np.maximum(t_ns, self._open * record_ns)
         if int(t_ns.max()) // record_ns == self._open:
             return self._fold(t_ns, column, value)
         period = np.maximum.accumulate(t_ns // record_ns)
         t_ns = np.maximum(t_ns, period * record_ns)
         drafts: list[Draft] = []
-        cuts = np.flatnonzero(np.diff(period)) + 1
-        for part in np.split(np.arange(len(period)), cuts):
-            if period[part[0]] != self._open:
-                drafts += self._roll(int(period[part[0]]))
+        cuts = [0, *(np.flatnonzero(np.diff(period)) + 1), len(period)]
+        for begin, end in pairwise(cuts):
+            part = slice(begin, end)
+            if period[begin] != self._open:
+                drafts += self._roll(int(period[begin]))
             drafts += self._fold(t_ns[part], column[part], value[part])
         return drafts
 
     def _fold(self, t_ns: I64, column: npt.NDArray[np.int32], value: F64) -> list[Draft]:
-        state = self._is_state[column]
-        if not state.any():
+        state = self._is_state.take(column)
+        if not np.count_nonzero(state):
             self._windows.fold(t_ns, column, value)
             return []
         window = ~state
@@ -244,17 +276,17 @@ class Sampler:
         assert self._open is not None
         windows = self._windows
         start_ns = period * windows.record_ns
-        blocks = self._drain(fine=True) + self._drain_states()
+        tables = self._drain(fine=True) + self._drain_states()
         if start_ns // windows.other_record_ns != windows.other_start_ns // windows.other_record_ns:
-            blocks += self._drain(fine=False)
-        drafts = self._emit(blocks)
+            tables += self._drain(fine=False)
+        drafts = self._emit(tables)
         self._open_period(period)
         if start_ns - self._keyframe_ns >= self._settings.keyframe_s * NS_PER_S:
             self._states.forget()
             self._keyframe_ns = start_ns
         return drafts
 
-    def _drain(self, *, fine: bool) -> list[_Block]:
+    def _drain(self, *, fine: bool) -> list[_Table]:
         stats = self._windows.stats(fine=fine)
         samples = stats.counts.sum()
         if not samples:
@@ -263,11 +295,11 @@ class Sampler:
         self._account.held -= int(samples)
         self._account.out += single
         self._account.folded += int(samples) - single
-        block = self._lay_out(stats)
+        table = self._lay_out(stats)
         self._windows.reset(fine=fine)
-        return [block]
+        return [table]
 
-    def _lay_out(self, stats: _Stats) -> _Block:
+    def _lay_out(self, stats: _Stats) -> _Table:
         """Turn the used rows and columns of a group of windows into integer columns."""
         rows = np.flatnonzero(stats.counts.any(axis=1))
         used = np.flatnonzero(stats.counts.any(axis=0))
@@ -278,38 +310,45 @@ class Sampler:
         largest = np.maximum(np.abs(low), np.abs(high))
         scale, offset = self._scales.choose(signal, last, largest, present)
         varies: Bools = ((low != high) & present).any(axis=0) & ~self._last_only[signal]
-        t_ns = stats.start_ns + rows * stats.window_ns
-        block = _Block(stats.window_ns // NS_PER_MS, t_ns, [], np.zeros(0))
-        block = self._add(block, "", signal, last, scale, offset, present)
+        table = _Table(stats.window_ns // NS_PER_MS, stats.start_ns + rows * stats.window_ns, [], [])
+        self._add(table, "", signal, last, scale, offset, present)
         if varies.any():
             signal, scale, offset, present = signal[varies], scale[varies], offset[varies], present[:, varies]
             mean = stats.total[cells][:, varies] / np.maximum(count[:, varies], 1)
-            block = self._add(block, ".min", signal, low[:, varies], scale, offset, present)
-            block = self._add(block, ".max", signal, high[:, varies], scale, offset, present)
-            block = self._add(block, ".mean", signal, mean, scale / MEAN_FINER, offset, present)
-        return block
+            self._add(table, ".min", signal, low[:, varies], scale, offset, present)
+            self._add(table, ".max", signal, high[:, varies], scale, offset, present)
+            self._add(table, ".mean", signal, mean, scale / MEAN_FINER, offset, present)
+        return table
 
     def _add(
-        self, block: _Block, suffix: str, signal: I64, value: F64, scale: F64, offset: F64, present: Bools
-    ) -> _Block:
-        """Return the block with one column more for each signal; absent cells repeat their neighbour."""
-        raw = np.rint((_filled(value, present) - offset) / scale).astype(np.int64)
+        self, table: _Table, suffix: str, signal: I64, value: F64, scale: F64, offset: F64, present: Bools
+    ) -> None:
+        """Add a column for each signal, numbered cells as one block; absent values repeat their neighbour."""
+        raw = np.ascontiguousarray(np.rint((_filled(value, present) - offset) / scale).astype(np.int64).T)
         whole: Bools = np.logical_and.reduce(present, axis=0)
-        raw_rows, present_rows = np.ascontiguousarray(raw.T), np.ascontiguousarray(present.T)
-        columns = [
-            Column(
-                self._names[s] + suffix,
-                float(scale[i]),
-                float(offset[i]),
-                raw_rows[i],
-                None if whole[i] else present_rows[i],
-            )
-            for i, s in enumerate(signal)
-        ]
-        cost = _packed_bytes(raw) + self._name_cost[signal] + COLUMN_OVERHEAD_BYTES + len(raw) / 8 * ~whole
-        return block._replace(columns=block.columns + columns, cost_bytes=np.append(block.cost_bytes, cost))
+        cost = _packed_bytes(raw) + len(table.t_ns) / 8 * ~whole
+        family, number = self._families.family[signal], self._families.number[signal]
+        joined = (family[1:] >= 0) & (family[1:] == family[:-1]) & (number[1:] == number[:-1] + 1)
+        joined &= whole[1:] & whole[:-1] & (scale[1:] == scale[:-1]) & (offset[1:] == offset[:-1])
+        cuts = [0, *(np.flatnonzero(~joined) + 1).tolist(), len(signal)]
+        for begin, end in pairwise(cuts):
+            s = int(signal[begin])
+            if end - begin == 1:
+                there = None if whole[begin] else present[:, begin].copy()
+                name = self._names[s] + suffix
+                table.items.append(Column(name, float(scale[begin]), float(offset[begin]), raw[begin], there))
+                table.cost_bytes.append(float(cost[begin]) + len(name) * NAME_SHARE + COLUMN_OVERHEAD_BYTES)
+                continue
+            prefix, tail = self._families.texts[int(family[begin])]
+            step = max(1, int(BLOCK_BYTES_TARGET // cost[begin:end].max()))
+            for i in range(begin, end, step):
+                part = slice(i, min(i + step, end))
+                table.items.append(Block(
+                    prefix, int(number[i]), tail + suffix, float(scale[i]), float(offset[i]), raw[part]
+                ))  # fmt: skip
+                table.cost_bytes.append(float(cost[part].sum()) + len(prefix + tail) + COLUMN_OVERHEAD_BYTES)
 
-    def _drain_states(self) -> list[_Block]:
+    def _drain_states(self) -> list[_Table]:
         t_ns, column, value = self._states.take()
         if not len(t_ns):
             return []
@@ -321,19 +360,25 @@ class Sampler:
         present[np.arange(len(t_ns)), dense] = True
         cells[np.arange(len(t_ns)), dense] = value
         scale, offset = self._scales.choose(signal, cells, np.abs(cells), present)
-        block = _Block(0, t_ns, [], np.zeros(0))
-        return [self._add(block, "", signal, cells, scale, offset, present)]
+        table = _Table(0, t_ns, [], [])
+        self._add(table, "", signal, cells, scale, offset, present)
+        return [table]
 
-    def _emit(self, blocks: Sequence[_Block]) -> list[Draft]:
-        """Pack blocks into as many drafts as the size limit asks for."""
-        parts = list(_parts(blocks))
-        base_ns = min((int(block.t_ns.min()) for block in blocks), default=0)
+    def _emit(self, tables: Sequence[_Table]) -> list[Draft]:
+        """Pack tables into as many drafts as the size limit asks for."""
+        parts = list(_parts(tables))
+        base_ns = min((int(table.t_ns.min()) for table in tables), default=0)
         drafts = []
         for number, part in enumerate(parts, 1):
             body = self._context.body()
-            body["windows_ms"] = [block.window_ms for block in part]
+            body["windows_ms"] = [table.window_ms for table in part]
             body["series"] = [
-                Series((block.t_ns - base_ns) // NS_PER_MS, tuple(block.columns)) for block in part
+                Series(
+                    (table.t_ns - base_ns) // NS_PER_MS,
+                    tuple(item for item in table.items if isinstance(item, Column)),
+                    tuple(item for item in table.items if isinstance(item, Block)),
+                )
+                for table in part
             ]
             if len(parts) > 1:
                 body |= {"part": number, "parts": len(parts)}
@@ -366,16 +411,17 @@ class _Windows:
             (fine, plan.window_ms * NS_PER_MS, plan.record_ms // plan.window_ms),
             (other, plan.other_window_ms * NS_PER_MS, plan.other_record_ms // plan.other_window_ms),
         )
-        self._window_ns = np.ones(catalog_size, dtype=np.int64)
+        self._is_other = np.zeros(catalog_size, dtype=np.bool_)
+        self._is_other[other] = True
         self._stride = np.zeros(catalog_size, dtype=np.int64)
         self._base = np.zeros(catalog_size, dtype=np.int64)
-        self._start_ns = np.zeros(catalog_size, dtype=np.int64)
         size = 0
-        for signals, window_ns, rows in self._groups:
-            self._window_ns[signals] = window_ns
+        for signals, _, rows in self._groups:
             self._stride[signals] = len(signals)
             self._base[signals] = size + np.arange(len(signals))
             size += rows * len(signals)
+        self._row = (0, 0)
+        self._row_cells = self._base  # cell of each column in the rows of `_row`
         self._count = np.zeros(size, dtype=np.int64)
         self._low, self._high = np.full(size, np.inf), np.full(size, -np.inf)
         self._total, self._last = np.zeros(size), np.zeros(size)
@@ -384,18 +430,35 @@ class _Windows:
         """Begin the fine record at `start_ns`; the coarse one it lies in follows."""
         self._fine_start_ns = start_ns
         self.other_start_ns = start_ns // self.other_record_ns * self.other_record_ns
-        self._start_ns[self._groups[0][0]] = start_ns
-        self._start_ns[self._groups[1][0]] = self.other_start_ns
 
     def fold(self, t_ns: I64, column: npt.NDArray[np.int32], value: F64) -> None:
         """Merge samples of the open record into their windows."""
-        row = (t_ns - self._start_ns[column]) // self._window_ns[column]
-        cell = self._base[column] + row * self._stride[column]
+        if not len(t_ns):
+            return
+        cell = self._cells(t_ns, column)
         np.add.at(self._count, cell, 1)
         np.add.at(self._total, cell, value)
         np.minimum.at(self._low, cell, value)
         np.maximum.at(self._high, cell, value)
         self._last[cell] = value
+
+    def _cells(self, t_ns: I64, column: npt.NDArray[np.int32]) -> I64:
+        """Return where each sample goes; mostly all lie in the same window of their group."""
+        (_, fine_ns, _), (_, other_ns, _) = self._groups
+        first, last = int(t_ns.min()), int(t_ns.max())
+        row = (first - self._fine_start_ns) // fine_ns, (first - self.other_start_ns) // other_ns
+        if row == ((last - self._fine_start_ns) // fine_ns, (last - self.other_start_ns) // other_ns):
+            if row != self._row:
+                self._row = row
+                rows = np.where(self._is_other, row[1], row[0]).astype(np.int64)
+                self._row_cells = self._base + rows * self._stride
+            return self._row_cells.take(column)
+        rows = np.where(
+            self._is_other.take(column),
+            (t_ns - self.other_start_ns) // other_ns,
+            (t_ns - self._fine_start_ns) // fine_ns,
+        ).astype(np.int64)
+        return self._base.take(column) + rows * self._stride.take(column)
 
     def _part(self, fine: bool) -> slice:
         size = len(self._groups[0][0]) * self._groups[0][2]
@@ -477,6 +540,11 @@ class _Scales:
                 self.offset[i] = signal.offset if math.isfinite(signal.offset) else 0.0
         self._finer = np.minimum(self._fallback, np.abs(self.scale))
         self._reach = np.abs(self.scale) * RAW_MAX
+        self._reach_of_all = float(np.min(self._reach - np.abs(self.offset), initial=np.inf))
+
+    def holds_all(self, value: F64) -> bool:
+        """Return whether all values have a raw integer in any column: the usual case, at one comparison."""
+        return bool(np.count_nonzero(np.abs(value) <= self._reach_of_all) == len(value))
 
     def holds(self, column: npt.NDArray[np.int32], value: F64) -> Bools:
         """Return which values have a raw integer; NaN has none."""
@@ -484,7 +552,7 @@ class _Scales:
         return held
 
     def choose(self, signal: I64, last: F64, largest: F64, present: Bools) -> tuple[F64, F64]:
-        """Return scale and offset for a block's columns.
+        """Return scale and offset for a table's columns.
 
         A column whose values do not lie on its declared grid (they are in another unit than the DBC's, say)
         takes the float scale, which loses less, if its largest magnitude fits that.
@@ -497,6 +565,31 @@ class _Scales:
         return np.where(finer, self._finer[signal], scale), np.where(finer, 0.0, offset)
 
 
+class _Families:
+    """Which columns are one and the same but for a number in their name: the cells, the probes."""
+
+    def __init__(self, catalog: Sequence[Signal], names: Sequence[str]) -> None:
+        self.family = np.full(len(catalog), -1, dtype=np.int64)
+        self.number = np.zeros(len(catalog), dtype=np.int64)
+        self.texts: list[tuple[str, str]] = []
+        known: dict[tuple[str, str], int] = {}
+        for i, (signal, name) in enumerate(zip(catalog, names, strict=True)):
+            match = _NUMBERED.fullmatch(name) if len(name) <= NUMBERED_NAME_CHARS_MAX else None
+            if signal.role not in NUMBERED_ROLES or match is None:
+                continue
+            prefix, number, tail = match.groups()
+            self.family[i] = known.setdefault((prefix, tail), len(known))
+            self.number[i] = int(number)
+        self.texts = list(known)
+
+    def in_order(self, signals: I64) -> I64:
+        """Return the signals with each family together and in the order of its numbers."""
+        return signals[np.lexsort((self.number[signals], self.family[signals]))]
+
+
+_NUMBERED = re.compile(r"(.*\D)(0|[1-9]\d{0,8})(\D*)")
+
+
 def column_names(catalog: Sequence[Signal]) -> list[str]:
     """Return a name for each signal, each unlike any other: VSS where a role has one, else message.signal.
 
@@ -507,7 +600,7 @@ def column_names(catalog: Sequence[Signal]) -> list[str]:
     for signal in catalog:
         plain = f"{signal.message}.{signal.name}"
         name = signal.vss or plain
-        if signal.vss and signal.role in ("cell_voltage", "probe_temperature") and not name.endswith("]"):
+        if signal.vss and signal.role in NUMBERED_ROLES and not name.endswith("]"):
             name = f"{name}[{signal.index}]"
         if name in taken:
             name = f"{name}@{signal.channel}.{plain}"
@@ -535,33 +628,32 @@ _WIDTH_BYTES = np.array([1.0, 2.0, 3.0, 5.0, 9.0])
 
 
 def _packed_bytes(raw: I64) -> F64:
-    """Return an upper bound on the MessagePack bytes of each column's deltas."""
-    first: F64 = _WIDTH_BYTES[np.searchsorted(_WIDTH_LIMITS, np.abs(raw[0]), side="right")]
-    if len(raw) == 1:
+    """Return an upper bound on the MessagePack bytes of each column's (columns, rows) deltas."""
+    first: F64 = _WIDTH_BYTES[np.searchsorted(_WIDTH_LIMITS, np.abs(raw[:, 0]), side="right")]
+    if raw.shape[1] == 1:
         return first
-    widest = np.abs(np.diff(raw, axis=0)).max(axis=0)
-    rest: F64 = _WIDTH_BYTES[np.searchsorted(_WIDTH_LIMITS, widest, side="right")] * (len(raw) - 1)
+    widest = np.abs(np.diff(raw, axis=1)).max(axis=1)
+    rest: F64 = _WIDTH_BYTES[np.searchsorted(_WIDTH_LIMITS, widest, side="right")] * (raw.shape[1] - 1)
     return first + rest
 
 
-def _parts(blocks: Iterable[_Block]) -> Iterable[list[_Block]]:
-    """Cut blocks, between columns, into lists that each stay within RECORD_BYTES_TARGET."""
-    part: list[_Block] = []
+def _parts(tables: Iterable[_Table]) -> Iterable[list[_Table]]:
+    """Cut tables, between columns, into lists that each stay within RECORD_BYTES_TARGET."""
+    part: list[_Table] = []
     room = float(RECORD_BYTES_TARGET)
-    for block in blocks:
-        axis = 3.0 * len(block.t_ns)
-        begin = 0
-        while begin < len(block.columns):
-            fitting = int(np.searchsorted(np.cumsum(block.cost_bytes[begin:]), room - axis, side="right"))
-            if not fitting and part:
+    for table in tables:
+        axis = 3.0 * len(table.t_ns)
+        costs = np.cumsum(table.cost_bytes)
+        begin, spent = 0, 0.0
+        while begin < len(table.items):
+            end = int(np.searchsorted(costs, spent + room - axis, side="right"))
+            if end <= begin and part:
                 yield part
                 part, room = [], float(RECORD_BYTES_TARGET)
                 continue
-            end = begin + max(fitting, 1)
-            part.append(
-                block._replace(columns=block.columns[begin:end], cost_bytes=block.cost_bytes[begin:end])
-            )
-            room -= axis + float(block.cost_bytes[begin:end].sum())
-            begin = end
+            end = max(end, begin + 1)
+            part.append(table._replace(items=table.items[begin:end]))
+            room -= axis + float(costs[end - 1]) - spent
+            begin, spent = end, float(costs[end - 1])
     if part:
         yield part

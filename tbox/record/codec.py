@@ -171,6 +171,7 @@ class _BlockKey:
 
 def _pack_all(tables: list[Series]) -> list[dict[str, Any]]:
     values = sum(len(series.t_ms) * len(series.columns) for series in tables)
+    values += sum(block.raw.size for series in tables for block in series.blocks)
     if values > SERIES_VALUES_MAX:
         raise PayloadTooLargeError(
             f"{values} values in one record", mend=f"split it: at most {SERIES_VALUES_MAX}"
@@ -196,6 +197,10 @@ def pack_series(series: Series) -> dict[str, Any]:
     packed = [_pack_single(column) for column in single]
     for key, members in numbered.items():
         packed += _pack_numbered(key, members)
+    for block in series.blocks:
+        for begin in range(0, len(block.raw), BLOCK_COLUMNS_MAX):
+            key = _BlockKey(block.prefix, block.suffix, 0, block.scale, block.offset)
+            packed.append(_pack_block(key, block.first + begin, block.raw[begin : begin + BLOCK_COLUMNS_MAX]))
     return {"t": _deltas(series.t_ms), "c": packed}
 
 
@@ -209,17 +214,19 @@ def _pack_numbered(key: _BlockKey, members: list[tuple[int, Column]]) -> list[di
         if end < len(members) and members[end][0] == members[end - 1][0] + 1 and not full:
             continue
         run = [column for _, column in members[begin:end]]
-        packed.append(_pack_block(key, members[begin][0], run) if len(run) > 1 else _pack_single(run[0]))
+        if len(run) > 1:
+            packed.append(_pack_block(key, members[begin][0], np.stack([column.raw for column in run])))
+        else:
+            packed.append(_pack_single(run[0]))
         begin = end
     return packed
 
 
-def _pack_block(key: _BlockKey, first: int, columns: list[Column]) -> dict[str, Any]:
-    raw = np.stack([column.raw for column in columns]).astype(np.int64, copy=False)
-    delta = np.diff(raw, axis=1, prepend=np.int64(0))
+def _pack_block(key: _BlockKey, first: int, raw: npt.NDArray[np.int64]) -> dict[str, Any]:
+    delta = np.diff(raw.astype(np.int64, copy=False), axis=1, prepend=np.int64(0))
     if raw.shape[1]:
         delta[1:, 0] -= raw[:-1, 0]
-    name = [key.prefix, first, len(columns), key.suffix, key.width]
+    name = [key.prefix, first, len(raw), key.suffix, key.width]
     return {"n": name, "s": key.scale, "o": key.offset, "d": delta.ravel().tolist()}
 
 

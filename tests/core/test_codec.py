@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
+from random import Random
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tbox.model import RECORD_PAYLOAD_BYTES_MAX, Column, Draft, Level, Now, Series, TimeQuality
+from tbox.model import RECORD_PAYLOAD_BYTES_MAX, Block, Column, Draft, Level, Now, Series, TimeQuality
 from tbox.record.codec import (
     EXPANDED_BYTES_MAX,
     ZSTD_MAGIC,
@@ -119,6 +120,17 @@ def test_numbered_columns_share_one_name() -> None:
     assert [entry["n"] for entry in packed["c"]] == [["Cell", 0, 192, ".mean", 0]]
 
 
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 300), st.randoms(use_true_random=False))
+def test_a_block_is_the_columns_it_stands_for(columns: int, times: int, first: int, random: Random) -> None:
+    raw = np.array(
+        [[random.randrange(-(2**60), 2**60) for _ in range(times)] for _ in range(columns)], np.int64
+    )
+    t_ms = np.arange(times, dtype=np.int64)
+    block = Series(t_ms, (), (Block("Cells[", first, "].min", 0.001, 0.5, raw),))
+    single = tuple(Column(f"Cells[{first + i}].min", 0.001, 0.5, row) for i, row in enumerate(raw))
+    assert flat(unpack_series(pack_series(block))) == flat(Series(t_ms, single))
+
+
 def test_numpy_values_in_a_body_are_plain_numbers_afterwards() -> None:
     body = {"a": np.float64(1.5), "b": np.int32(3), "c": np.array([1, 2]), "d": np.bool_(True)}
     assert decode_payload(mint(body))["body"] == {"a": 1.5, "b": 3, "c": [1, 2], "d": True}
@@ -220,7 +232,9 @@ def hostile_series() -> Iterator[tuple[str, Any]]:
     yield "values out of thin air", [{"t": [0] * 24_000, "c": [absent] * 100}]
 
 
-@pytest.mark.parametrize(("what", "tables"), list(hostile_series()), ids=[what for what, _ in hostile_series()])
+@pytest.mark.parametrize(
+    ("what", "tables"), list(hostile_series()), ids=[what for what, _ in hostile_series()]
+)
 def test_damaged_series_are_refused_when_expanded(what: str, tables: Any) -> None:
     payload = compressed(msgspec.msgpack.encode(envelope(body={"series": tables})))
     with pytest.raises(PayloadError):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
 
 import msgspec
 import numpy as np
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from tbox.edge.mode import Context, Mode
 from tbox.edge.sampler import STATE_ROWS_MAX, ModePlan, Sampler, SamplerSettings, column_names
 from tbox.ledger import StageLedger
 from tbox.model import NS_PER_MS, Draft, Level, Now, SampleBatch, Signal
+from tbox.record.codec import Minter, pack_series, unpack_series
 
 CITY = Context(Mode.CITY, 1)
 DC = Context(Mode.CHARGING_DC, 0, 20.0, 150.0)
@@ -63,7 +63,7 @@ def points(drafts: Sequence[Draft]) -> dict[str, dict[int, float]]:
     out: dict[str, dict[int, float]] = defaultdict(dict)
     for draft in drafts:
         for series in draft.body["series"]:
-            for column in series.columns:
+            for column in unpack_series(pack_series(series)).columns:
                 for row, t_ms in enumerate(series.t_ms):
                     if column.present is None or column.present[row]:
                         value = int(column.raw[row]) * column.scale + column.offset
@@ -296,22 +296,8 @@ def test_whatever_comes_the_account_balances_and_nothing_raises(
 
 
 def packed(draft: Draft) -> int:
-    """The payload's size, packed as the record stage does: MessagePack of deltas, then zstd."""
-
-    def plain(value: Any) -> Any:
-        if hasattr(value, "columns"):
-            return {"t": np.diff(value.t_ms, prepend=0).tolist(), "c": [plain(c) for c in value.columns]}
-        if hasattr(value, "raw"):
-            bits = None if value.present is None else np.packbits(value.present).tobytes()
-            return {
-                "n": value.name, "s": value.scale, "o": value.offset,
-                "d": np.diff(value.raw, prepend=0).tolist(), "p": bits,
-            }  # fmt: skip
-        return value
-
-    body = {k: [plain(s) for s in v] if k == "series" else v for k, v in draft.body.items()}
-    raw = msgspec.msgpack.encode(body)
-    return min(len(raw), len(zstandard.compress(raw, 3)))
+    """The size of the record's payload."""
+    return len(Minter(1, "vehicle", guard=nullcontext()).mint(draft, Now(draft.mono_ns)).payload)
 
 
 def test_eight_thousand_signals_of_pure_noise_stay_below_the_record_limit() -> None:
