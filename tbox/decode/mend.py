@@ -53,7 +53,8 @@ _OPTIONAL: dict[str, re.Pattern[str]] = {
     "VAL_": re.compile(rf"\s*VAL_\s+(?:\d+\s+)?{_NAME}\s*(?:-?\d+\s*{_STRING}\s*)*;\s*", re.S),
     "VAL_TABLE_": re.compile(rf"\s*VAL_TABLE_\s+{_NAME}\s*(?:-?\d+\s*{_STRING}\s*)*;\s*", re.S),
     "BA_": re.compile(
-        rf"\s*BA_\s+{_STRING}\s*(?:BO_\s+\d+|SG_\s+\d+\s+\w+|BU_\s+\w+|EV_\s+\w+)?\s*(?:{_NUMBER}|{_STRING})\s*;\s*",
+        rf"\s*BA_\s+{_STRING}\s*(?:BO_\s+\d+\b|SG_\s+\d+\s+\w+\b|BU_\s+\w+\b|EV_\s+\w+\b)?"
+        rf"\s*(?:{_NUMBER}|{_STRING})\s*;\s*",
         re.S,
     ),
     "SIG_GROUP_": re.compile(r"\s*SIG_GROUP_\s+\d+\s+\w+\s+\d+\s*:\s*[\w\s]*;\s*", re.S),
@@ -121,7 +122,7 @@ def message_lines(text: str) -> dict[int, list[tuple[int, str]]]:
     found: dict[int, list[tuple[int, str]]] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if match := _BO.match(line):
-            found.setdefault(int(match[2], 0), []).append((number, match[4]))
+            found.setdefault(_id(match[2]), []).append((number, match[4]))
     return found
 
 
@@ -165,6 +166,10 @@ def _insert_bs(state: _Text, statements: list[_Statement]) -> None:
             return
 
 
+def _id(text: str) -> int:
+    return int(text, 16 if text[:2] in ("0x", "0X") else 10)
+
+
 def _legal(name: str) -> str:
     name = re.sub(r"[^A-Za-z0-9_]", "_", name)
     return "_" + name if name[:1].isdigit() else name
@@ -175,7 +180,7 @@ def _mend_message(state: _Text, statement: _Statement) -> int:
     match = _BO.fullmatch(state.lines[statement.first])
     if match is None:
         return 0
-    written = int(match[2], 0)
+    written = _id(match[2])
     right, name, sender = written, _legal(match[4]), match[7]
     if not match[2].isdigit():
         state.say(statement.first, f"the id {match[2]} was written in decimal")
