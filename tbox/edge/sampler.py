@@ -244,17 +244,16 @@ class Sampler:
         return drafts
 
     def _fold(self, t_ns: I64, column: npt.NDArray[np.int32], value: F64) -> list[Draft]:
-        state = self._is_state.take(column)
-        if not np.count_nonzero(state):
-            self._windows.fold(t_ns, column, value)
+        self._windows.fold(t_ns, column, value)
+        state = np.flatnonzero(self._is_state.take(column))
+        if not len(state):
             return []
-        window = ~state
-        self._windows.fold(t_ns[window], column[window], value[window])
-        rows = self._states.changed(column[state], value[state])
-        repeats = int(np.count_nonzero(state)) - len(rows)
+        t_ns, column, value = t_ns[state], column[state], value[state]
+        rows = self._states.changed(column, value)
+        repeats = len(state) - len(rows)
         self._account.held -= repeats
         self._account.folded += repeats
-        return self._keep_states(t_ns[state][rows], column[state][rows], value[state][rows])
+        return self._keep_states(t_ns[rows], column[rows], value[rows])
 
     def _keep_states(self, t_ns: I64, column: npt.NDArray[np.int32], value: F64) -> list[Draft]:
         drafts: list[Draft] = []
@@ -414,12 +413,13 @@ class _Windows:
         self._is_other = np.zeros(catalog_size, dtype=np.bool_)
         self._is_other[other] = True
         self._stride = np.zeros(catalog_size, dtype=np.int64)
-        self._base = np.zeros(catalog_size, dtype=np.int64)
+        self._base = np.full(catalog_size, -1, dtype=np.int64)  # states: one cell at the end nobody reads
         size = 0
         for signals, _, rows in self._groups:
             self._stride[signals] = len(signals)
             self._base[signals] = size + np.arange(len(signals))
             size += rows * len(signals)
+        size += 1
         self._row = (0, 0)
         self._row_cells = self._base  # cell of each column in the rows of `_row`
         self._count = np.zeros(size, dtype=np.int64)
@@ -461,8 +461,9 @@ class _Windows:
         return self._base.take(column) + rows * self._stride.take(column)
 
     def _part(self, fine: bool) -> slice:
-        size = len(self._groups[0][0]) * self._groups[0][2]
-        return slice(0, size) if fine else slice(size, None)
+        (signals, _, rows), (others, _, other_rows) = self._groups
+        size = len(signals) * rows
+        return slice(0, size) if fine else slice(size, size + len(others) * other_rows)
 
     def stats(self, *, fine: bool) -> _Stats:
         signals, window_ns, rows = self._groups[0 if fine else 1]
