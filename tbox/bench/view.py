@@ -44,7 +44,7 @@ class Panels:
         )  # fmt: skip
         body.add_row(
             "SOC", self._gauge("soc", edge.get("soc_percent"), "%", 100),
-            "spool", self._gauge("spool", spool.get("rows"), "records waiting", None),
+            "spool", self._gauge("spool", spool.get("records"), "records waiting", None),
         )  # fmt: skip
         body.add_row(
             "hottest", self._gauge("hot", edge.get("hottest_c"), "°C", None),

@@ -54,11 +54,7 @@ def demo(seed: int, seconds: float, embedded_broker: bool, keep: Path | None) ->
     claims = judge(evidence)
     console.print(proof_table(claims))
     if not holds(claims):
-        raise click.exceptions.Exit(_fail(console, directory))
+        console.print(f"[bold red]The proof does not hold.[/] Everything is left in {directory}")
+        raise click.exceptions.Exit(1)
     if keep is None:
         shutil.rmtree(directory)
-
-
-def _fail(console: Console, directory: Path) -> int:
-    console.print(f"[bold red]The proof does not hold.[/] Everything is left in {directory}")
-    return 1

@@ -1,4 +1,4 @@
-"""The `tbox` command: loads the subcommand asked for, turns expected errors into one line. Decides nothing."""
+"""The `tbox` command: loads the subcommand asked for, turns expected errors into one line. No decisions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import sys
 import click
 
 from tbox.errors import TboxError
+
+# numpy's linear algebra is not used: its worker threads would only cost memory.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # name -> (module:attribute, one line of help). Modules are imported when their command runs, not before.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -53,11 +56,10 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit 0: success; 1: the answer is no; 2: bad usage or input, never a traceback."""
+    """Run the command line. Exit 0: success; 1: the answer is no; 2: bad input. Never a traceback."""
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        # Outside its standalone mode click returns the code of an Exit instead of raising it.
+        sys.exit(cli.main(standalone_mode=False))
     except click.ClickException as error:
         error.show()
         sys.exit(2)

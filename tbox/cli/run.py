@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import os
+import select
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
-import structlog
 
 from tbox import config as configuration
 from tbox import log as logging_setup
 from tbox.control import request, stream
 from tbox.ledger import Ledger
+from tbox.toml import TomlError
 
-log = structlog.get_logger()
+if TYPE_CHECKING:
+    from tbox.agent import Agent
 
 SUPERVISE_S = 0.25
 # The pipeline must wake within milliseconds of a frame though another thread computes (PITFALLS: GIL).
@@ -47,33 +50,47 @@ def run(config_path: str, check: bool) -> None:
         return
     faulthandler.enable()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    # Blocked in every thread and waited for in this one: no handler ever interrupts a line of code.
-    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    signals = _Signals()
     agent = Agent(config)
     agent.start()
-    healthy = _supervise(agent)
+    healthy = _supervise(agent, signals)
     agent.stop(config.device.drain_s if healthy else 0)
     if not healthy:
         raise SystemExit(1)
 
 
-def _supervise(agent: Any) -> bool:
+class _Signals:
+    """Signals as bytes in a pipe: nothing is done inside a handler, whichever thread the kernel picks."""
+
+    def __init__(self) -> None:
+        self._read_fd, write_fd = os.pipe()
+        os.set_blocking(self._read_fd, False)
+        os.set_blocking(write_fd, False)
+        signal.set_wakeup_fd(write_fd)
+        for number in HANDLED:
+            signal.signal(number, lambda *_: None)
+
+    def wait(self, timeout_s: float) -> bytes:
+        """Return the numbers of the signals that came, b"" when none did in time."""
+        ready, _, _ = select.select([self._read_fd], [], [], timeout_s)
+        return os.read(self._read_fd, 64) if ready else b""
+
+
+def _supervise(agent: Agent, signals: _Signals) -> bool:
     """Return True when asked to stop, False when a part of the daemon died."""
     while agent.supervise():
-        received = signal.sigtimedwait(HANDLED, SUPERVISE_S)
-        if received is None:
-            continue
-        if received.si_signo == signal.SIGHUP:
-            agent.reload()
-        else:
+        came = signals.wait(SUPERVISE_S)
+        if signal.SIGTERM in came or signal.SIGINT in came:
             return True
+        if signal.SIGHUP in came:
+            agent.reload()
     return False
 
 
 def _socket(socket: str, config_path: str) -> str:
     if socket:
         return socket
-    with contextlib.suppress(configuration.toml.TomlError):
+    with contextlib.suppress(TomlError):
         return configuration.load(config_path).control_socket
     return DEFAULT_SOCKET
 

@@ -1,0 +1,186 @@
+"""The daemon as a firmware engineer meets it: real processes, a real broker, kill -9, bad files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tbox.sim.broker import MosquittoBroker, find_mosquitto
+from tbox.sim.network import LinkCutter
+from tests.daemon import DBC, TBOX, Daemon, Judge, Vehicle, tbox, wait_for
+
+needs_mosquitto = [
+    pytest.mark.mosquitto,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed"),
+]
+
+
+class Bench:
+    """A broker, the link to it, a daemon, a judge; vehicles come and go."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        self._stack = stack
+        self.broker = stack.enter_context(MosquittoBroker(str(directory / "broker")).start())
+        self.link = stack.enter_context(LinkCutter(self.broker.port))
+        self.judge = Judge(self.broker.port)
+        stack.callback(self.judge.close)
+        self.daemon = Daemon(directory, self.link.port)
+        stack.callback(self.daemon.end)
+
+    def vehicle(self, *arguments: str) -> Vehicle:
+        vehicle = Vehicle(self.daemon.bus_url, *arguments)
+        self._stack.callback(vehicle.end)
+        return vehicle
+
+    def frames_decoded(self) -> int:
+        status = self.daemon.status()
+        return int(status["ledger"]["decode"]["out"]) if status else 0
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with ExitStack() as stack:
+        yield Bench(tmp_path, stack)
+
+
+class TestWholeChain:
+    pytestmark = needs_mosquitto
+
+    def test_every_frame_and_record_of_a_drive_is_accounted_for(self, bench: Bench) -> None:
+        bench.daemon.start()
+        report = bench.vehicle("--seconds", "5").wait()
+        wait_for("all frames decoded", lambda: bench.frames_decoded() == report["frames"])
+        assert bench.daemon.stop() == 0
+        wait_for("all records at the broker", bench.judge.complete)
+        assert bench.judge.result().missing_explained == 0
+        ledger = bench.judge.bodies("event", event="stop")[0]["ledger"]
+        assert ledger["decode"]["into"] == report["frames"]
+        assert ledger["bus"]["dropped"] == {}
+        assert bench.judge.bodies("telemetry")
+        assert not bench.judge.bodies("alarm")
+
+    def test_kill_9_in_a_gap_loses_nothing_committed_and_the_open_tick_is_told(self, bench: Bench) -> None:
+        bench.daemon.start()
+        bench.vehicle()
+        wait_for("records at the broker", lambda: bench.judge.result().received > 3)
+        bench.link.cut()
+        rows = bench.daemon.status()["spool"]["records"]
+        wait_for("a backlog on flash", lambda: bench.daemon.status()["spool"]["records"] > rows + 5)
+        bench.daemon.kill()
+        bench.link.restore()
+        bench.daemon.start()
+        wait_for("the second start", lambda: len(bench.judge.bodies("event", event="start")) == 2)
+        wait_for("the backlog at the broker", lambda: bench.judge.result().ok)
+        told = bench.judge.bodies("event", event="start")[1]["previous"]
+        assert told["clean"] is False and told["last_id"] is not None
+        assert bench.daemon.stop() == 0
+        wait_for("everything at the broker", bench.judge.complete)
+        first = bench.judge.result().starts[0]
+        assert first.end == "next start" and first.committed == told["last_id"] & 0xFFFF_FFFF
+        assert {gap.why for gap in bench.judge.result().gaps_explained} <= {"open tick"}
+
+    def test_a_broker_that_restarts_costs_nothing(self, bench: Bench) -> None:
+        bench.daemon.start()
+        bench.vehicle()
+        wait_for("records at the broker", lambda: bench.judge.result().received > 3)
+        bench.broker.stop()
+        before = bench.judge.result().received
+        wait_for("a backlog", lambda: bench.daemon.status()["spool"]["records"] > 2)
+        bench.broker.start()
+        wait_for("records after the restart", lambda: bench.judge.result().received > before + 3)
+        assert bench.daemon.stop() == 0
+        wait_for("everything at the broker", bench.judge.complete)
+
+    def test_a_bus_that_falls_silent_is_alarmed_and_clears_when_it_comes_back(self, bench: Bench) -> None:
+        bench.daemon.start()
+        first = bench.vehicle()
+        wait_for("frames", lambda: bench.frames_decoded() > 100)
+        first.end()
+        wait_for("the alarm", lambda: bench.judge.bodies("alarm", alarm="bms-silent", event="raise"))
+        bench.vehicle()
+        wait_for("its end", lambda: bench.judge.bodies("alarm", alarm="bms-silent", event="clear"))
+        assert bench.daemon.stop() == 0
+        wait_for("everything at the broker", bench.judge.complete)
+
+    def test_sighup_takes_good_thresholds_and_refuses_bad_ones_without_stopping(self, bench: Bench) -> None:
+        bench.daemon.start()
+        rules = bench.daemon.directory / "rules.toml"
+        rules.write_text('[rule.soc-low]\nbands = [ { level = "warning", limit = "20 fathoms" } ]\n')
+        bench.daemon.hang_up()
+        refused = wait_for("the refusal", lambda: bench.judge.bodies("event", event="reload", ok=False))
+        assert f"{rules}:2" in refused[0]["why"] and "fathoms" in refused[0]["why"]
+        rules.write_text(
+            '[rule.soc-low]\nbands = [ { level = "warning", limit = "90 percent", clear = "95 percent" } ]\n'
+        )
+        bench.daemon.hang_up()
+        wait_for("the acceptance", lambda: bench.judge.bodies("event", event="reload", ok=True))
+        bench.vehicle()
+        wait_for("the new threshold at work", lambda: bench.judge.bodies("alarm", alarm="soc-low"))
+        assert bench.daemon.stop() == 0
+
+    def test_status_and_tail_show_a_running_daemon(self, bench: Bench) -> None:
+        bench.daemon.start()
+        bench.vehicle()
+        wait_for("frames", lambda: bench.frames_decoded() > 0)
+        status = json.loads(tbox("status", "--config", str(bench.daemon.config)).stdout)
+        assert status["uplink"]["state"] == "online" and status["edge"]["speed_kmh"] is not None
+        with subprocess.Popen(
+            [*TBOX, "tail", "--socket", bench.daemon.socket], stdout=subprocess.PIPE, text=True
+        ) as tail:
+            assert tail.stdout is not None
+            assert json.loads(tail.stdout.readline())["kind"] in ("telemetry", "event", "alarm", "health")
+            tail.terminate()
+
+    def test_a_second_daemon_on_the_same_state_refuses(self, bench: Bench) -> None:
+        bench.daemon.start()
+        refused = tbox("run", "--config", str(bench.daemon.config), check=False)
+        assert refused.returncode != 0
+        assert "stop the agent that runs there" in refused.stderr
+        assert bench.daemon.status()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("edit", "said"),
+        [
+            (('id = "car"', 'id = "car"\ncolour = "red"'), "tbox.toml:3: unknown key 'colour'"),
+            (("[device]", "[device]\nhealth_min = 1"), "did you mean 'health_s'?"),
+            (("port = 1", "port = 70000"), "<= 65535"),
+            (("tbox_bms.dbc", "none.dbc"), "none.dbc"),
+            (('interface = "tbox"', 'interface = "tbocks"'), "tbocks"),
+            (('id = "car"', ""), "either id or vin"),
+            (("send = [0x6F0]", "send = [0x6F0"), "tbox.toml:"),
+            (("[vehicle]", "vehicle]"), "tbox.toml:1: is not TOML"),
+        ],
+    )
+    def test_a_bad_configuration_is_one_line_and_exit_2(
+        self, tmp_path: Path, edit: tuple[str, str], said: str
+    ) -> None:
+        daemon = Daemon(tmp_path, 1, more="[decode]\nstrict = true\n")
+        text = daemon.config.read_text()
+        assert edit[0] in text
+        daemon.config.write_text(text.replace(*edit, 1))
+        done = tbox("run", "--config", str(daemon.config), check=False)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert said in done.stderr
+
+    def test_a_bad_unit_in_the_thresholds_names_file_line_and_mend(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path, 1)
+        rules = tmp_path / "rules.toml"
+        rules.write_text('[rule.soc-low]\n\nbands = [ { level = "warning", limit = "20 kg" } ]\n')
+        done = tbox("run", "--config", str(daemon.config), check=False)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert f"{rules}:3" in done.stderr and "percent" in done.stderr
+
+    def test_a_good_configuration_is_said_to_be_good(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path, 1)
+        assert json.loads(tbox("run", "--check", "--config", str(daemon.config)).stdout) == {"ok": True}
+        assert DBC.is_dir()
