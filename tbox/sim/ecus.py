@@ -185,18 +185,20 @@ class Bms:
 
 # --- sensors --------------------------------------------------------------------------------------------
 
-OPEN_NOTICED_S = 1.0  # the BMS takes so long to see that an input sits at its rail
-
 
 @dataclass(frozen=True, slots=True)
 class SensorKind:
-    """sigma: noise. rail: what an open input reads. low, high: the converter's range. All in its unit."""
+    """sigma: noise. rail: what an open input reads. low, high: the converter's range. All in its unit.
+
+    noticed_s: the BMS takes so long to see that an input is open.
+    """
 
     key: str
     sigma: float
     rail: float
     low: float
     high: float
+    noticed_s: float
 
 
 class Sensors:
@@ -222,7 +224,7 @@ class Sensors:
                 first = float(readings[int(active.argmax()), index])
                 readings[active, index] = self._held.setdefault(fault, first)
             else:
-                noticed = t_ns >= fault.start_ns + OPEN_NOTICED_S * NS_PER_S
+                noticed = t_ns >= fault.start_ns + round(kind.noticed_s * NS_PER_S)
                 readings[active, index] = kind.rail
                 readings[active & noticed, index] = math.nan
         return readings

@@ -165,8 +165,8 @@ class Simulator:
         self._bus_faults = BusFaults(self.faults, bus_rng)
         self._route, self._receiver = Route(), Receiver(gnss_rng)
         self._fix_ns = 0
-        cell_kind = SensorKind("cell", settings.cell_noise_mv / 1000, 0.05, 0.0, 5.0)
-        probe_kind = SensorKind("probe", settings.probe_noise_c, -50.0, -50.0, 200.0)
+        cell_kind = SensorKind("cell", settings.cell_noise_mv / 1000, 0.05, 0.0, 5.0, 0.3)
+        probe_kind = SensorKind("probe", settings.probe_noise_c, -50.0, -50.0, 200.0, 1.0)
         self._cell_sensors = Sensors(cell_kind, self.faults, cell_rng)
         self._probe_sensors = Sensors(probe_kind, self.faults, probe_rng)
         self._module_rng = module_rng

@@ -36,7 +36,7 @@ STANDING_MPS = 0.05
 MOTOR_J_PER_K, MOTOR_W_PER_K = 45_000.0, 90.0
 DCDC_V, BATTERY_12V_FULL, BATTERY_12V_EMPTY = 14.1, 12.6, 8.0
 BATTERY_12V_DRAIN_V_PER_S = 1e-6  # key off: about 0.1 V a day
-LOST_12V_DRAIN_V_PER_S = 0.02  # key on without the converter
+LOST_12V_DRAIN_V_PER_S = 0.06  # key on without the converter
 RANGE_WH_PER_KM = 165.0
 RANGE_KM_MAX = 1500.0
 

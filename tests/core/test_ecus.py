@@ -27,7 +27,7 @@ from tbox.sim.faults import make_fault
 from tbox.sim.packing import crc8
 
 TICK_NS = NS_PER_S // 10
-PROBE = SensorKind("probe", 0.1, -50.0, -50.0, 200.0)
+PROBE = SensorKind("probe", 0.1, -50.0, -50.0, 200.0, 1.0)
 
 
 def request(counter: int, wanted: int = 1, index: int = 1, *, data_id: int = 0xF0) -> CanSend:

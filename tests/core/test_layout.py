@@ -8,6 +8,8 @@ import cantools
 import pytest
 
 from tbox.bus.frames import FD_LENGTHS
+from tbox.decode.roles import RoleMap
+from tbox.model import ROLE_UNITS
 from tbox.sim import layout
 from tbox.sim.packing import signal_bits
 
@@ -69,3 +71,30 @@ def test_each_battery_has_192_cells_and_48_probes(name: str) -> None:
     names = {sig.name for msg in layout.DATABASES[name] for sig in msg.signals}
     assert {layout.cell_name(i) for i in range(192)} <= names
     assert {layout.probe_name(j) for j in range(48)} <= names
+
+
+# The signals that mean nothing to the edge by themselves.
+UNBOUND = {
+    "CRC", "AliveCounter", "ModuleVoltage", "Module", "LinkVoltage", "DischargeCurrentLimit",
+    "ChargeCurrentLimit", "BmsState", "IsolationAckIndex", "IsolationRequestsRefused", "CellVoltageMinId",
+    "CellVoltageMaxId", "TemperatureMinId", "TemperatureMaxId", "BrakePedal", "AcceleratorPedal",
+    "ChargeTargetSoc", "FixState", "Heading", "Hdop", "Satellites", "Altitude",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("battery", ["tbox_bms.dbc", "tbox_bms_mux.dbc"])
+def test_the_shipped_map_binds_every_role_and_protects_every_message(battery: str) -> None:
+    roles = RoleMap.load()
+    bound: dict[tuple[str, int], int] = {}
+    for msg in (*layout.DATABASES[battery], *layout.DATABASES["tbox_vehicle.dbc"]):
+        if msg is layout.ISOLATION_REQUEST:
+            continue
+        protection = roles.protection(msg.name, 0)
+        assert protection is not None and protection[0].data_id == "E2EDataId"
+        for sig in msg.signals:
+            binding = roles.bind(msg.name, sig.name, sig.unit, 0)
+            assert bool(binding.role) == (sig.name not in UNBOUND), sig.name
+            bound[binding.role, binding.index] = binding.module
+    assert {role for role, _ in bound} - {""} == set(ROLE_UNITS)
+    assert all(bound["cell_voltage", i] == i // 24 for i in range(192))
+    assert all(bound["probe_temperature", j] == j // 6 for j in range(48))
