@@ -117,8 +117,8 @@ def cases() -> Iterator[Result]:
         note=f"order-0 entropy of the deltas {statistics.median(floor):.2f}",
     )  # fmt: skip
     yield Result(
-        bench="payload", case=case, value=value, unit="B", peer="JSON of a second, zlib -9", peer_value=zipped,
-        ratio=zipped / value,
+        bench="payload", case=case, value=value, unit="B", peer="JSON of a second, zlib -9",
+        peer_value=zipped, ratio=zipped / value,
     )  # fmt: skip
     yield cpu(decode, story, drafts, minter)
 
