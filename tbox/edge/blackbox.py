@@ -31,6 +31,7 @@ from tbox.model import FRAME_BYTES, FRAME_DTYPE, NS_PER_MS, NS_PER_S, Draft, Fra
 CHUNK_BYTES = 128 * 1024  # of frames; mostly compresses below one part
 PART_BYTES_MAX = 60 * 1024  # compressed frames of a part; leaves room for the rest of a 64 KiB record
 PARTS_PER_STEP_MAX = 2  # about 1 ms of packing: an alarm must not wait for the black box
+ROOM_BYTES = 4 * CHUNK_BYTES  # a ring with less is sealed from at once, before it drops anything
 LATE_NS = 200 * NS_PER_MS  # a window waits so long for its last frames to come from the reader
 SEAL_EVERY_NS = NS_PER_S  # while a capture is open no frame waits longer than this to be sealed
 HEAD_BYTES = 8  # id, len, flags and padding in front of a frame's data
@@ -225,7 +226,9 @@ class BlackBox:
         if len(self._recent_ns) < self._settings.captures_per_hour_max:
             self._recent_ns.append(now.mono_ns)
             drafts.append(self._begin(now, alarm))
-            return drafts + self._seal(now, PARTS_PER_STEP_MAX)  # a full ring needs the room now
+            if self._bytes > self._settings.ring_bytes_max - ROOM_BYTES:  # else the alarm goes first
+                drafts += self._seal(now, PARTS_PER_STEP_MAX)
+            return drafts
         self._refused += 1
         body = {
             "event": "capture_refused",
