@@ -175,7 +175,7 @@ def erase(control: BootControl, name: SlotName, target: VerifiedTarget) -> BootC
     """
     step(control.slot(name).state, SlotEvent.ERASE)
     beside = other_slot(name)
-    if control.slot(beside).state is not SlotState.GOOD:
+    if control.slot(beside).state is not SlotState.GOOD or unfit(control, beside):
         raise Refused(
             f"slot {beside} is {control.slot(beside).state.value}: there is nothing to fall back on",
             where=f"slot {name}",

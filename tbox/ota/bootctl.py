@@ -32,6 +32,8 @@ def decode(payload: bytes) -> BootControl:
         raise BootControlError(
             f"boot control is malformed: {error}", mend="run `tbox boot --recover`"
         ) from None
+    if encode(control) != payload:
+        raise BootControlError("boot control is not in its one form", mend="run `tbox boot --recover`")
     entries = (control.a, control.b)
     if any(entry.successful and (entry.priority == 0 or entry.tries_left) for entry in entries):
         raise BootControlError("boot control contradicts itself", mend="run `tbox boot --recover`")
