@@ -78,9 +78,14 @@ class FrameGuard:
         length = np.minimum(batch.frames["len"][at], 64)
         whole = length >= self._length.take(message)
         self._check_crc(message, payload, whole, code)
-        good = np.flatnonzero((code == 0) & whole & self._has_counter.take(message))
+        counter = self._counters.read(message, payload).view(np.int64)
+        counted = self._has_counter.take(message) & whole & (code == 0)
+        code[counted & (counter >= self._modulo.take(message))] = Validity.COUNTER
+        good = np.flatnonzero(counted & (code == 0))
         if len(good):
-            code[good] = self._check_counter(message[good], payload[good], batch.t_ns[at[good]])
+            code[good] = self._check_counter(
+                message[good], counter[good], payload[good], batch.t_ns[at[good]]
+            )
         frames = np.zeros(len(batch), np.uint8)
         frames[at] = code
         return frames
@@ -98,12 +103,11 @@ class FrameGuard:
         code[checked & (wrong | ~whole)] = Validity.CRC
 
     def _check_counter(
-        self, message: IntArray, payload: npt.NDArray[np.uint8], t_ns: IntArray
+        self, message: IntArray, counter: IntArray, payload: npt.NDArray[np.uint8], t_ns: IntArray
     ) -> npt.NDArray[np.uint8]:
         """Compare each counter with the one before it in its message, in this batch or an earlier one."""
         order = np.argsort(message, kind="stable")
-        message, payload, t_ns = message[order], payload[order], t_ns[order]
-        counter = self._counters.read(message, payload).astype(np.int64)
+        message, counter, payload, t_ns = message[order], counter[order], payload[order], t_ns[order]
         first = np.r_[True, message[1:] != message[:-1]]
         before = np.where(first, self._last.take(message), np.r_[0, counter[:-1]])
         before_ns = np.where(first, self._last_ns.take(message), np.r_[0, t_ns[:-1]])
@@ -116,7 +120,6 @@ class FrameGuard:
         code = np.zeros(len(message), np.uint8)
         code[(step == 0) & ~fresh] = Validity.COUNTER
         code[(step == 0) & ~fresh & same] = Validity.DUPLICATE
-        code[counter >= modulo] = Validity.COUNTER
         self._count_lost(message, np.where(fresh | (code != 0), 0, step - 1))
         last = np.r_[first[1:], True]
         self._last[message[last]] = counter[last]

@@ -39,13 +39,13 @@ ROLE_SPANS: dict[str, tuple[float, float]] = {
 
 # A value text that says by itself that there is no reading.
 _SNA_TEXT = re.compile(
-    r"(.*[\W_])?(sna|n/?a|not_?avail(able)?|not_?available|signal_?not_?available|data_?not_?available|unavailable|"
-    r"signal_?invalid|invalid_?(value|signal|data)|value_?invalid|un-?init\w*( .*)?)",
+    r"(.*[\W_])?(sna|n/?a|not[\s_-]?avail(able)?|unavailable|(signal|value|data)[\s_-]?invalid|"
+    r"invalid[\s_-]?(signal|value|data)|un-?init\w*( .*)?)",
     re.IGNORECASE,
 )
 # A text that does so only in a signal that is otherwise a number, not a list of states.
 _SNA_TEXT_OF_NUMBER = re.compile(
-    r"(.*[\W_])?(init(ial\w*)?|invalid|error|err|fault\w*|undefined|not_?valid|unknown|default|reserved)",
+    r"(.*[\W_])?(init(ial\w*)?|invalid|error|err|fault\w*|undefined|not[\s_-]?valid|unknown|default|reserved)",
     re.IGNORECASE,
 )
 NUMBER_BITS_MIN = 7  # a signal of fewer bits, or of many named values, is a list of states

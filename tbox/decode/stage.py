@@ -22,8 +22,9 @@ CAUSES = {v: v.name.lower() for v in Validity if v is not Validity.VALID}
 class DecodeStage:
     """All buses' frames to samples in the units of their roles.
 
-    catalog: the columns. short: frames shorter than their message. Ledger "decode" counts frames, "validity"
-    samples; a sample that is not VALID travels on with its code and counts as dropped with its cause.
+    catalog: the columns. table: what the DBCs compiled to. short: frames shorter than their message.
+    Ledger "decode" counts frames, "validity" samples; a sample that is not VALID travels on with its code and
+    counts as dropped with its cause.
     """
 
     def __init__(self, database: Database, roles: RoleMap, ledger: Ledger, settings: DecodeSettings) -> None:
@@ -32,7 +33,7 @@ class DecodeStage:
         bindings = [_bind(table, roles, column) for column in range(len(table.columns))]
         self.catalog = _catalog(table, bindings)
         self.short = 0
-        self._table = table
+        self.table = table
         self._fold(bindings)
         self._decoder = Decoder(table)
         self._judge = Judge(self._decoder, bindings, roles, self.catalog, settings)
@@ -58,8 +59,8 @@ class DecodeStage:
         self._frames.drop("unknown", unknown)
         self._frames.drop("malformed", malformed)
         self.short += int(np.count_nonzero(decoded.short))
-        value, validity = self._judge.judge(batch, decoded)
-        column = self._table.column.take(decoded.row)
+        column = self.table.column.take(decoded.row)
+        value, validity = self._judge.judge(batch, decoded, column)
         samples = SampleBatch(batch.t_ns.take(decoded.frame), column, value, validity)
         if self._wanted is not None:
             samples = _select(samples, self._wanted.take(column))
@@ -75,7 +76,7 @@ class DecodeStage:
 
     def _fold(self, bindings: list[Binding]) -> None:
         """Fold the units of the roles into the table: one multiplication instead of two."""
-        table = self._table
+        table = self.table
         for column, binding in enumerate(bindings):
             if (binding.factor, binding.offset) == (1.0, 0.0):
                 continue
@@ -87,7 +88,7 @@ class DecodeStage:
 
     def _merge(self, batch: FrameBatch, decoded: Decoded) -> Decoded:
         """Put what cantools decoded between the table's samples, in the order of the frames."""
-        table = self._table
+        table = self.table
         frame: list[int] = []
         row: list[int] = []
         value: list[float] = []

@@ -21,8 +21,8 @@ from tbox.model import NS_PER_MS, FrameBatch, SampleBatch, Signal, Validity
 
 Codes = npt.NDArray[np.uint8]
 
-# Steps larger than these between two samples, undone by the next, are spikes: in the role's unit. Wide enough
-# for load steps; a real step is accepted with its second sample. Roles that may jump have none.
+# A step larger than these, undone by the next sample, is a spike: in the role's unit, wide enough for load
+# steps. Roles that may jump have none.
 GLITCH_STEPS: dict[str, float] = {
     "cell_voltage": 0.5,
     "cell_voltage_min": 0.5,
@@ -57,7 +57,6 @@ class Judge:
     ) -> None:
         """Raises MappingError when a mapping asks for a signal that is not there."""
         table = decoder.table
-        self._table = table
         self.guard = FrameGuard(decoder, roles, settings.counter_gap_ms)
         self._limits = _LimitTable(table, bindings)
         self._flags = _FlagTable(decoder, bindings)
@@ -65,8 +64,10 @@ class Judge:
         self._cycles = _MuxCycles(table, catalog, settings) if settings.mux_cycle else None
         self._spikes = _Spikes(catalog, bindings) if settings.glitch else None
 
-    def judge(self, batch: FrameBatch, decoded: Decoded) -> tuple[npt.NDArray[np.float64], Codes]:
-        """Return the values, enum codes put in their place, and their validity."""
+    def judge(
+        self, batch: FrameBatch, decoded: Decoded, column: npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[np.float64], Codes]:
+        """Return the values, enum codes put in their place, and their validity. column: of each sample."""
         code = self._limits.judge(decoded)
         value = self._codes.apply(decoded, code)
         self._flags.judge(batch, decoded, code)
@@ -75,9 +76,9 @@ class Judge:
             of_sample = of_frame.take(decoded.frame)
             np.copyto(code, of_sample, where=of_sample != 0)
         if self._cycles is not None:
-            self._cycles.judge(batch, decoded, of_frame, code)
+            self._cycles.judge(batch, decoded, column, of_frame, code)
         if self._spikes is not None:
-            self._spikes.judge(batch, decoded, self._table, value, code)
+            self._spikes.judge(batch, decoded, column, value, code)
         return value, code
 
 
@@ -234,13 +235,19 @@ class _MuxCycles:
                 self._of_plan[plan] = info.definition
         self._any = bool((self._of_plan >= 0).any())
         self._role = np.array([bool(s.role) for s in catalog], np.bool_)
-        self._column = table.column
         self._gap_ns = settings.counter_gap_ms * NS_PER_MS
         self._seen: dict[int, set[int]] = {}
         self._whole: set[int] = set()
         self._last_ns: dict[int, int] = {}
 
-    def judge(self, batch: FrameBatch, decoded: Decoded, of_frame: Codes | None, code: Codes) -> None:
+    def judge(
+        self,
+        batch: FrameBatch,
+        decoded: Decoded,
+        column: npt.NDArray[np.int32],
+        of_frame: Codes | None,
+        code: Codes,
+    ) -> None:
         if not self._any:
             return
         message = self._of_plan.take(decoded.plan)
@@ -249,7 +256,7 @@ class _MuxCycles:
             frames = np.flatnonzero(message == definition)
             self._follow(definition, frames, batch, decoded, of_frame, early)
         if early.any():
-            bound = self._role.take(self._column.take(decoded.row))
+            bound = self._role.take(column)
             code[early.take(decoded.frame) & bound & (code == 0)] = Validity.MUX
 
     def _follow(
@@ -282,7 +289,10 @@ class _MuxCycles:
 
 
 class _Spikes:
-    """Single-sample spikes: far from both samples before. A real step is confirmed by its second sample."""
+    """Single-sample spikes: far from the last believed sample and from the one just before.
+
+    A real step is believed with its second sample.
+    """
 
     def __init__(self, catalog: Sequence[Signal], bindings: Sequence[Binding]) -> None:
         self._step = np.array(
@@ -291,37 +301,55 @@ class _Spikes:
                 for signal, binding in zip(catalog, bindings, strict=True)
             ]
         )
-        self._one_before = np.full(len(catalog), np.nan)
-        self._two_before = np.full(len(catalog), np.nan)
+        self._watched = self._step > 0
+        self._half_step = self._step / 2
+        self._believed = np.full(len(catalog), np.nan)
+        self._before = np.full(len(catalog), np.nan)
         self._last_ns = np.full(len(catalog), NEVER_NS, np.int64)
 
     def judge(
         self,
         batch: FrameBatch,
         decoded: Decoded,
-        table: SignalTable,
+        column: npt.NDArray[np.int32],
         value: npt.NDArray[np.float64],
         code: Codes,
     ) -> None:
-        column = table.column.take(decoded.row)
-        at = np.flatnonzero((self._step.take(column) > 0) & ((code == 0) | (code == Validity.MUX)))
+        at = np.flatnonzero(self._watched.take(column) & ((code == 0) | (code == Validity.MUX)))
         if not len(at):
             return
-        at = at[np.argsort(column[at], kind="stable")]
-        column, v, t_ns = column[at], value[at], batch.t_ns.take(decoded.frame[at])
-        first = np.r_[True, column[1:] != column[:-1]]
-        second = np.r_[False, first[:-1]] & ~first
-        stale = t_ns - self._last_ns.take(column) > GLITCH_MEMORY_NS
-        kept_one = np.where(stale, np.nan, self._one_before.take(column))
-        kept_two = np.where(stale, np.nan, self._two_before.take(column))
-        one = np.where(first, kept_one, np.r_[np.nan, v[:-1]])
-        two = np.where(first, kept_two, np.where(second, kept_one, np.r_[np.nan, np.nan, v[:-2]][: len(v)]))
-        step = self._step.take(column)
-        spike = (np.abs(v - one) > step) & ~(np.abs(v - two) <= step)
-        code[at[spike & (code[at] == 0)]] = Validity.GLITCH
-        last = np.r_[first[1:], True]
-        self._one_before[column[last]], self._two_before[column[last]] = v[last], one[last]
-        self._last_ns[column[last]] = t_ns[last]
+        column, v = column[at], value[at]
+        t_ns = batch.t_ns.take(decoded.frame[at])
+        # All within half a step of the believed value are within a step of each other: nothing to look at.
+        doubt = ~(np.abs(v - self._believed.take(column)) <= self._half_step.take(column))  # NaN: the first
+        if doubt.any():
+            doubtful = np.isin(column, column[doubt])
+            self._one_by_one(at[doubtful], column[doubtful], v[doubtful], t_ns[doubtful], code)
+            calm = ~doubtful
+            column, v, t_ns = column[calm], v[calm], t_ns[calm]
+        self._believed[column] = v
+        self._before[column] = v
+        self._last_ns[column] = t_ns
+
+    def _one_by_one(
+        self,
+        at: IntArray,
+        column: npt.NDArray[np.int32],
+        value: npt.NDArray[np.float64],
+        t_ns: IntArray,
+        code: Codes,
+    ) -> None:
+        """The few columns in which something jumped, sample by sample."""
+        samples = zip(at.tolist(), column.tolist(), value.tolist(), t_ns.tolist(), strict=True)
+        for place, one, v, now_ns in samples:
+            step, believed, before = self._step[one], self._believed[one], self._before[one]
+            stale = now_ns - self._last_ns[one] > GLITCH_MEMORY_NS
+            if stale or believed != believed or abs(v - believed) <= step or abs(v - before) <= step:
+                self._believed[one] = v
+            elif code[place] == 0:
+                code[place] = Validity.GLITCH
+            self._before[one] = v
+            self._last_ns[one] = now_ns
 
 
 # --- staleness ----------------------------------------------------------------------------------------
