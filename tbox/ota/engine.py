@@ -582,6 +582,7 @@ class Engine:
         self._save(replace(self.journal, switched_to=""))
         self._move(Event.PASSED, reason)
         self._actions.append(Settle(running))
+        self._check_at_ns = self._now.mono_ns + self._settings.retry_s * NS_PER_S
 
     def _give_up_trial(self, reason: str) -> None:
         running = self._device.running
