@@ -7,6 +7,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import can
 import numpy as np
@@ -243,7 +244,7 @@ def test_without_privilege_the_buffer_is_what_the_kernel_allows_and_says_so(
     with monkeypatch.context() as patch:
         # Only the privileged option is refused; everything else is the real socket.
         class Unprivileged(socket.socket):
-            def setsockopt(self, *args: object) -> None:  # type: ignore[override]
+            def setsockopt(self, *args: Any) -> None:
                 if args[1] == 33:
                     raise PermissionError
                 super().setsockopt(*args)
