@@ -3,8 +3,9 @@
 It believes nothing but what arrived, and never asks the vehicle.
 
 Within a start the ids run 1, 2, 3 …; where they end is known from, in this order,
-- the next start's start record: `previous.last_id` is what had been committed. Ids above it that never
-  arrived are that start's open tick: explained, bounded below by what was seen, and reported;
+- a later start's start record: `previous.last_id` is what had been committed, and `previous.earlier` says
+  the same of starts whose successor left no record. Ids above it that never arrived are that start's open
+  tick: explained, bounded below by what was seen, and reported;
 - a stop record, whose own id is the last;
 - the retained state message, when it says offline and tells the last id;
 - else nothing: then only what lies below the highest id seen can be judged.
@@ -169,6 +170,7 @@ class Proof:
         self._first_start = first_start
         self._from_first_seen = from_first_seen
         self._starts: dict[int, _Start] = {}
+        self._claims: dict[int, _Claim] = {}  # by the start they are about
         self._drops: dict[int, _Drop] = {}  # by the id of the drop record, so that a duplicate counts once
         self._contents: OrderedDict[int, int] = OrderedDict()  # id -> hash of what it says
         self._ids: dict[int, int] = {}  # hash -> id
@@ -236,7 +238,10 @@ class Proof:
         match body:
             case {"event": "start", "previous": previous}:
                 known.start_record = True
-                known.previous = _claim(previous)
+                claims = _claims(previous)
+                known.previous = claims[0] if claims else None
+                for claim in claims:
+                    self._claims.setdefault(claim.start, claim)
             case {"event": "stop"}:
                 known.stop_last = number & COUNTER_MAX
             case {"event": "drop", "count": int(count), "first_id": int(first), "last_id": int(last)}:
@@ -307,10 +312,9 @@ class Proof:
 
     def _scope(self) -> list[int]:
         """The starts that are judged: those seen and those told of, from the first that counts."""
-        told = {s.previous.start for s in self._starts.values() if s.previous is not None}
         first = self._first_start if self._first_start is not None else min(self._starts, default=0)
         expected = {self._first_start} if self._first_start is not None else set()
-        return sorted(start for start in told | set(self._starts) | expected if start >= first)
+        return sorted(start for start in set(self._claims) | set(self._starts) | expected if start >= first)
 
     def _report(self, start: int) -> StartReport:
         known = self._starts.get(start, _Start())
@@ -320,7 +324,7 @@ class Proof:
         last = highest
         end: End = "highest seen"
         if claim is not None:
-            committed = (claim.last or 0) if claim.start == start else 0
+            committed = claim.last or 0
             last, end = max(highest, committed), "next start"
         elif known.stop_last is not None:
             last, end = max(highest, known.stop_last), "stop record"
@@ -334,16 +338,16 @@ class Proof:
             end=end,
             last=last,
             committed=committed,
-            clean=claim.clean if claim is not None and claim.start == start else None,
+            clean=claim.clean if claim is not None else None,
         )
 
     def _claim_on(self, start: int) -> _Claim | None:
-        """What the next start said of this one; if it names an earlier one, nothing was committed here."""
-        later = [s for s in sorted(self._starts) if s > start and self._starts[s].start_record]
-        if not later:
-            return None
-        claim = self._starts[later[0]].previous
-        return claim if claim is not None and claim.start <= start else None
+        """What a later start said of this one; if the next names an earlier one, nothing was committed."""
+        if start in self._claims:
+            return self._claims[start]
+        later = [s for s in self._starts if s > start and self._starts[s].start_record]
+        before = self._starts[min(later)].previous if later else None
+        return _Claim(start, None, False) if before is not None and before.start < start else None
 
     def _offline_last(self, start: int) -> int | None:
         state = self._state
@@ -380,10 +384,20 @@ class Proof:
         return notes[:PROBLEMS_SHOWN_MAX]
 
 
-def _claim(previous: object) -> _Claim | None:
-    if not isinstance(previous, dict) or not isinstance(previous.get("start"), int):
+def _claims(previous: object) -> list[_Claim]:
+    """Read what a start record says of the start before, and of those before that nobody told of."""
+    if not isinstance(previous, dict):
+        return []
+    earlier = previous.get("earlier")
+    told = [previous, *(earlier[:STARTS_MAX] if isinstance(earlier, list) else [])]
+    claims = [_claim(one) for one in told if isinstance(one, dict)]
+    return [claim for claim in claims if claim is not None]
+
+
+def _claim(told: dict[str, Any]) -> _Claim | None:
+    start, last, clean = told.get("start"), told.get("last_id"), told.get("clean") is True
+    if not isinstance(start, int):
         return None
-    start, last, clean = previous["start"], previous.get("last_id"), previous.get("clean") is True
     if last is None:
         return _Claim(start, None, clean)
     if isinstance(last, int) and last >> COUNTER_BITS == start:

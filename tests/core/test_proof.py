@@ -135,6 +135,17 @@ def test_a_start_that_is_told_of_and_never_seen_is_missing_as_a_whole() -> None:
     assert judge(start_record(1), *seen, start_record(3, previous)).ok
 
 
+def test_a_start_record_also_tells_of_starts_whose_successor_left_no_record() -> None:
+    """Start 2 was cut off before its first commit: start 3 tells of both."""
+    earlier = [{"start": 1, "last_id": rid(1, 2), "clean": False}]
+    previous = {"start": 2, "last_id": None, "clean": False, "earlier": earlier}
+    result = judge(start_record(1), telemetry(1, 4), telemetry(2, 3), start_record(3, previous))
+    assert result.gaps_unexplained == [Gap(1, 2, 2, 1)]
+    open_ticks = [gap for gap in result.gaps_explained if gap.why == "open tick"]
+    assert open_ticks == [Gap(1, 3, 3, 1, "open tick"), Gap(2, 1, 2, 2, "open tick")]
+    assert [report.end for report in result.starts] == ["next start", "next start", "highest seen"]
+
+
 def test_without_its_start_record_a_start_still_begins_at_one_and_it_is_said() -> None:
     result = judge(telemetry(4, 7), telemetry(4, 8))
     assert result.gaps_unexplained == [Gap(4, 1, 6, 6)]
