@@ -5,6 +5,7 @@ Frames are counted where they are written. What others send is handed to the veh
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ SEND_WAIT_S_MAX = 1.0  # for a full transmit queue; then the bus counts as down 
 SEND_RETRY_S = 0.001
 HEARD_PER_PASS_MAX = 256
 DRIVER_ERRORS = (can.CanError, OSError)
+DOWN_ERRNOS = frozenset({errno.ENETDOWN, errno.ENODEV, errno.ENXIO})  # waiting a little will not help
 
 
 class Player:
@@ -114,7 +116,8 @@ class Player:
                 else:
                     self._bus.send(unpack_message(frame))
             except DRIVER_ERRORS as error:
-                if not self._down and self._mono_ns() < until_ns and not self._stop.wait(SEND_RETRY_S):
+                hopeless = self._down or _number(error) in DOWN_ERRNOS or self._mono_ns() >= until_ns
+                if not hopeless and not self._stop.wait(SEND_RETRY_S):
                     continue
                 if not self._down:
                     log.warning("bus_down", bus=str(self._bus.channel_info), reason=str(error))
@@ -138,3 +141,8 @@ class Player:
                 self.heard += 1
                 frame = CanSend(CHANNEL, flagged_id(message), bytes(message.data), fd=message.is_fd)
                 self._simulator.receive(frame, self.t_ns)
+
+
+def _number(error: Exception) -> int | None:
+    """Return the errno of a driver's error, however it carries it."""
+    return error.error_code if isinstance(error, can.CanError) else getattr(error, "errno", None)

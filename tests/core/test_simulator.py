@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from tbox.model import NS_PER_MS, NS_PER_S, CanSend, FrameBatch
 from tbox.sim import layout
-from tbox.sim.faults import make_fault, parse_fault
+from tbox.sim.ecus import BusFaults
+from tbox.sim.faults import Fault, make_fault, parse_fault
 from tbox.sim.packing import crc8
 from tbox.sim.simulator import SimSettings, SimSettingsError, Simulator, Truth, frames_per_s
 
@@ -96,6 +97,25 @@ def test_how_the_time_is_cut_into_calls_does_not_change_a_byte(cuts: list[int], 
     simulator = stormy(7, frames)
     batches = [batch for cut in [*sorted(cuts), 8000] for batch in simulator.frames_until(cut * NS_PER_MS)]
     assert digest(batches) == digest(run(stormy(7, frames), 8))
+
+
+def test_a_generator_shared_by_two_faults_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: what one fault draws then depends on how many frames the other saw in the same call."""
+
+    class Shared:
+        def __init__(self, rng: np.random.Generator) -> None:
+            self._rng = rng
+
+        def spawn(self, count: int) -> list[np.random.Generator]:
+            return [self._rng] * count
+
+    def planted(faults: Sequence[Fault], rng: np.random.Generator) -> BusFaults:
+        return BusFaults(faults, Shared(rng))  # type: ignore[arg-type]
+
+    monkeypatch.setattr("tbox.sim.simulator.BusFaults", planted)
+    simulator = stormy(7)
+    cut = [batch for ms in (2002, 8000) for batch in simulator.frames_until(ms * NS_PER_MS)]
+    assert digest(cut) != digest(run(stormy(7), 8))
 
 
 def test_long_runs_are_cut_into_chunks_without_a_seam() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -127,7 +128,7 @@ class FlakyBus(can.BusABC):
 
     def send(self, msg: can.Message, timeout: float | None = None) -> None:
         if self.down:
-            raise can.CanOperationError("Network is down")
+            raise can.CanOperationError("Network is down", errno.ENETDOWN)
         self.taken += 1
 
     def _recv_internal(self, timeout: float | None) -> tuple[can.Message | None, bool]:
@@ -159,6 +160,29 @@ def test_frames_that_a_down_bus_refused_are_counted_apart_and_it_goes_on_when_it
     player.run(6.0)
     assert bus.taken > written and player.written.total() == bus.taken
     assert player.written.total() + player.unwritten == player._simulator.truth().frames
+    bus.shutdown()
+
+
+class FullQueue(FlakyBus):
+    """A transmit queue that is full now and then: every tenth frame fits only at the third try."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tries = 0
+
+    def send(self, msg: can.Message, timeout: float | None = None) -> None:
+        self.tries += 1
+        if self.tries % 12 in (10, 11):
+            raise can.CanOperationError("No buffer space available", errno.ENOBUFS)
+        super().send(msg)
+
+
+def test_a_full_transmit_queue_is_waited_for_and_nothing_is_lost() -> None:
+    bus = FullQueue()
+    player = Player(bus, Simulator(1, QUIET), mono_ns=Steps())
+    player.run(3.0)
+    assert player.unwritten == 0 and bus.tries > bus.taken
+    assert player.written.total() == bus.taken == player._simulator.truth().frames
     bus.shutdown()
 
 
