@@ -16,6 +16,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import structlog
 
 import tbox
 from tbox.bus.reader import open_reader
+from tbox.bus.spec import BusCounters
 from tbox.bus.writer import BusWriter
 from tbox.clock import Deadline, Offset, SystemClock, next_start
 from tbox.config import Config
@@ -90,6 +92,10 @@ def _told(previous: PreviousStart) -> dict[str, Any]:
         "ledger": previous.ledger,
         "earlier": [_told(earlier) for earlier in previous.earlier],
     }
+
+
+def _plain(counters: BusCounters) -> dict[str, Any]:
+    return {**asdict(counters), "state": counters.state.name}
 
 
 class Agent:
@@ -258,7 +264,7 @@ class Agent:
             "uptime_s": (self.clock.mono_ns() - self._started_ns) // NS_PER_S,
             "process": process_figures(),
             "ledger": self.totals(),
-            "bus": {bus.reader.name: bus.reader.counters() for bus in self.buses},
+            "bus": {bus.reader.name: _plain(bus.reader.counters()) for bus in self.buses},
             "spool": self.runner.call(Spool.stat),
             "uplink": self.uplink.status(),
         }

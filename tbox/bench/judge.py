@@ -170,19 +170,19 @@ def _link(evidence: Evidence) -> list[Claim]:
     cut_s = (end - begin) / NS_PER_S
     walls = sorted(a.wall_ns for a in evidence.arrivals)
     longest_ns = max((b - a for a, b in itertools.pairwise(walls)), default=0)
-    live = [
-        a.latency_s
-        for a in evidence.arrivals
-        if a.record["kind"] == "telemetry"
-        and a.record["wall"] is not None
-        and not begin - GAP_TOLERANCE_S * NS_PER_S <= a.record["wall"] <= end + GAP_TOLERANCE_S * NS_PER_S
-    ]
-    after = [a for a in evidence.arrivals if a.wall_ns >= end and a.record["wall"] is not None]
-    backlog = [i for i, a in enumerate(after) if a.record["wall"] < end and a.record["level"] < Level.ALARM]
-    fresh = [i for i, a in enumerate(after) if a.record["wall"] >= end and a.record["kind"] == "telemetry"]
-    alarms = [a.latency_s for a in evidence.arrivals if a.record["level"] >= Level.ALARM]
-    told = [a for a in after if a.record["level"] >= Level.ALARM and begin <= a.record["wall"] < end]
-    first_alarm_s = min(((a.wall_ns - end) / NS_PER_S for a in told), default=None)
+    slack_ns = int(GAP_TOLERANCE_S * NS_PER_S)
+    dated = [(a, told) for a in evidence.arrivals if (told := a.told_wall_ns) is not None]
+    telemetry = [(a, told) for a, told in dated if a.record["kind"] == "telemetry"]
+    live = [a.latency_s for a, told in telemetry if not begin - slack_ns <= told <= end + slack_ns]
+    late = [a.wall_ns for a, told in dated if a.wall_ns >= end > told and a.record["level"] < Level.ALARM]
+    drained_ns = max(late, default=0)
+    beside = [a.latency_s for a, told in telemetry if told >= end and a.wall_ns <= drained_ns]
+    alarms = [a.latency_s for a, _ in dated if a.record["level"] >= Level.ALARM]
+    first_alarm_s = min(
+        ((a.wall_ns - end) / NS_PER_S for a, told in dated
+         if a.record["level"] >= Level.ALARM and a.wall_ns >= end > told >= begin),
+        default=None,
+    )  # fmt: skip
     return [
         Claim(
             "the gap: link cut silently / silence at the subscriber",
@@ -190,9 +190,9 @@ def _link(evidence: Evidence) -> list[Claim]:
             cut_s > 0 and longest_ns / NS_PER_S >= cut_s - GAP_TOLERANCE_S,
         ),
         Claim(
-            "live goes before backlog",
-            f"{sum(1 for i in backlog if fresh and i > fresh[0])} of {len(backlog)} came after live",
-            bool(backlog) and bool(fresh) and fresh[0] < backlog[-1],
+            f"live goes before backlog ({len(late)} late records in {(drained_ns - end) / NS_PER_S:.1f} s)",
+            f"live records meanwhile: {_spread(beside)}",
+            bool(late) and bool(beside) and _median(beside) < LIVE_LATENCY_S_MAX,
         ),
         Claim("latency of live records", _spread(live), bool(live) and _median(live) < LIVE_LATENCY_S_MAX),
         Claim("latency of alarm records (those of the gap include it)", _spread(alarms), None),

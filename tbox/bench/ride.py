@@ -46,7 +46,7 @@ OVERHEAT_SHARE, DRIFT_SHARE = 0.25, 0.40
 OVERHEAT_S_MIN = 12.0  # a short ride still lets the module reach its critical temperature
 # A hot day, so that a module warming by less than 1 degC/s (no runaway) gets there within the ride.
 AMBIENT_C, PACK_C, OVERHEAT_W = 35.0, 41.0, 650.0
-BACKLOG_RECORDS_S = 20  # a thin link after the tunnel, so that one sees who goes first
+BACKLOG_RECORDS_S, LIVE_RECORDS = 10, 10  # a thin link after the tunnel, so that one sees who goes first
 DRIFT_LEAK_A, DRIFT_RAMP_S = 200.0, 4.0
 
 # Which rules may tell of a fault, any one of them: what shows first depends on the load of the moment.
@@ -195,6 +195,7 @@ mode = "send"
 
 [spool]
 backlog_records_s = {BACKLOG_RECORDS_S}
+live_records_max = {LIVE_RECORDS}
 
 [privacy]
 journeys = true
