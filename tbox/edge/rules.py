@@ -410,8 +410,13 @@ class _Reader:
             level,
             self._quantity(table, "limit", unit, place).value,
             self._quantity(table, "clear", unit, place).value,
-            self._duration(table, "for", self._table.get("for", "0 s"), place),
-            self._duration(table, "clear_for", self._table.get("clear_for", "2 s"), place),
+            self._duration(table, "for", self._table.get("for", "0 s"), place if "for" in table else "for"),
+            self._duration(
+                table,
+                "clear_for",
+                self._table.get("clear_for", "2 s"),
+                place if "clear_for" in table else "clear_for",
+            ),
         )
 
     def _list_of_tables(self, key: str) -> list[dict[str, Any]]:

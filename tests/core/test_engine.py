@@ -1,0 +1,163 @@
+"""The rules at work: a healthy pack is left in peace, every fault is told in its time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tbox.model import Level
+from tests.core.edge_fixture import (
+    CELLS,
+    COLUMN_OF,
+    Bench,
+    Floats,
+    NoisyPack,
+    chunks,
+    drive,
+    sentinels,
+    warm_up,
+)
+
+Change = Callable[[float, Floats], None]
+
+DAY = [
+    ("rest", 5.0, 2.0), ("drive", 1.0, 1.0), ("drive", 1 / 6, 0.1), ("rest", 3.0, 2.0), ("dc", 0.25, 1.0),
+    ("rest", 1.0, 2.0), ("drive", 1.0, 1.0), ("rest", 2.5, 2.0), ("drive", 0.25, 1.0), ("ac", 6.0, 2.0),
+    ("rest", 4.9, 2.0),
+]  # fmt: skip
+
+
+def _current(what: str, rng: np.random.Generator, n: int, period_s: float) -> Floats:
+    if what == "drive":
+        return drive(rng, n, period_s)
+    return np.full(n, {"rest": -0.5, "dc": 120.0, "ac": 9.0}[what])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1])
+def test_a_healthy_noisy_pack_raises_nothing_in_a_day(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    bench, pack = Bench(), NoisyPack(rng, soc=0.85)
+    before = ""
+    for what, n, period_s in chunks(DAY):
+        if what != before:
+            bench.t_ns += 10_000_000
+            bench.take(sentinels(bench.t_ns))
+            before = what
+        charging = {"dc": 3.0, "ac": 2.0}.get(what, 0.0)
+        rows = pack.rows(_current(what, rng, n, period_s), period_s, charging_state=charging)
+        bench.run(rows, period_s)
+    assert [draft.body["text"] for draft in bench.drafts] == []
+    assert bench.t_ns >= 24 * 3600 * 1_000_000_000
+    assert bench.engine.pack.cells.scans > 40_000
+
+
+def single(role: str, value: float) -> Change:
+    def change(_: float, row: Floats) -> None:
+        row[COLUMN_OF[role]] = value
+
+    return change
+
+
+def cell(index: int, value: float) -> Change:
+    def change(_: float, row: Floats) -> None:
+        row[index] = value
+
+    return change
+
+
+def probe(index: int, value: Callable[[float], float]) -> Change:
+    def change(t_s: float, row: Floats) -> None:
+        row[CELLS + index] = value(t_s)
+
+    return change
+
+
+def ramp_cell(index: int, volts_per_s: float) -> Change:
+    def change(t_s: float, row: Floats) -> None:
+        row[index] = round(row[index] + volts_per_s * t_s, 3)
+
+    return change
+
+
+def runaway(t_s: float, row: Floats) -> None:
+    row[80] *= np.exp(-t_s / 4.0)
+    row[CELLS + 20] += 2.0 * t_s
+
+
+def both(*changes: Change) -> Change:
+    def change(t_s: float, row: Floats) -> None:
+        for one in changes:
+            one(t_s, row)
+
+    return change
+
+
+# fault -> what it does to a row, which rule tells of it, its key, its level at first, within seconds
+FAULTS: dict[str, tuple[Change, str, str, Level, float]] = {
+    "cell too high": (cell(37, 4.27), "cell-over-voltage", "cell 37", Level.ALARM, 2.2),
+    "cell far too high": (cell(37, 4.40), "cell-over-voltage", "cell 37", Level.CRITICAL, 0.8),
+    "cell too low": (cell(5, 2.60), "cell-under-voltage", "cell 5", Level.ALARM, 2.2),
+    "pack too high": (single("pack_voltage", 4.26 * CELLS), "pack-over-voltage", "pack", Level.ALARM, 2.2),
+    "pack too low": (single("pack_voltage", 2.70 * CELLS), "pack-under-voltage", "pack", Level.ALARM, 2.2),
+    "pack not its cells": (
+        single("pack_voltage", 600.0), "pack-voltage-mismatch", "pack", Level.WARNING, 20.2
+    ),
+    "hot probe": (probe(7, lambda _: 56.0), "over-temperature-discharge", "probe 7", Level.ALARM, 1.4),
+    "hot while charging": (
+        both(single("charging_state", 3.0), probe(7, lambda _: 46.0)),
+        "over-temperature-charge", "probe 7", Level.WARNING, 1.4,
+    ),
+    "cold while charging": (
+        both(single("charging_state", 2.0), lambda _, row: row.__setitem__(slice(CELLS, CELLS + 48), -2.0)),
+        "under-temperature-charge", "probe 0", Level.WARNING, 30.4,
+    ),
+    "cold": (
+        lambda _, row: row.__setitem__(slice(CELLS, CELLS + 48), -22.0),
+        "under-temperature-discharge", "probe 0", Level.WARNING, 30.4,
+    ),
+    "one hot corner": (probe(11, lambda _: 34.5), "temperature-spread", "pack", Level.WARNING, 10.4),
+    "warming": (probe(3, lambda t: 22.0 + 0.8 * t), "temperature-rise", "probe 3", Level.WARNING, 8.0),
+    "runaway": (runaway, "thermal-runaway", "pack", Level.CRITICAL, 6.5),
+    "cell low under load": (ramp_cell(9, -0.02), "imbalance", "pack", Level.WARNING, 22.0),
+    "cell falls": (
+        lambda _, row: row.__setitem__(9, row[9] - 0.15), "cell-voltage-drop", "cell 9", Level.WARNING, 0.6
+    ),
+    "cell drifts": (ramp_cell(9, -0.001), "cell-drift", "cell 9", Level.WARNING, 90.0),
+    "cell stuck": (cell(100, 3.9), "cell-stuck", "cell 100", Level.WARNING, 21.0),
+    "probe stuck": (probe(8, lambda _: 22.3), "probe-stuck", "probe 8", Level.WARNING, 21.0),
+    "probe open": (probe(8, lambda _: -40.0), "probe-open", "probe 8", Level.WARNING, 3.4),
+    "SOC low": (single("soc", 9.0), "soc-low", "pack", Level.INFO, 10.3),
+    "SOC too high": (single("soc", 102.0), "soc-high", "pack", Level.WARNING, 10.3),
+    "SOC jumps": (single("soc", 70.0), "soc-jump", "pack", Level.WARNING, 0.8),
+    "SOH low": (single("soh", 79.0), "soh-low", "pack", Level.WARNING, 60.3),
+    "discharge current": (single("pack_current", -900.0), "over-current-discharge", "pack", Level.ALARM, 0.6),
+    "charge current": (single("pack_current", 520.0), "over-current-charge", "pack", Level.WARNING, 0.6),
+    "isolation low": (single("isolation_resistance", 450.0), "isolation-low", "pack", Level.ALARM, 2.3),
+    "isolation lost": (single("isolation_resistance", 40.0), "isolation-lost", "pack", Level.CRITICAL, 2.3),
+    "contactors stay": (single("contactor_command", 0.0), "contactor-mismatch", "pack", Level.ALARM, 5.3),
+    "contactors welded": (single("contactor_state", 3.0), "contactor-failed", "pack", Level.ALARM, 0.8),
+    "HVIL open": (single("hvil", 0.0), "hvil-open", "pack", Level.ALARM, 0.8),
+    "12 V lost": (single("low_voltage", 8.0), "low-voltage-lost", "pack", Level.ALARM, 2.3),
+    "motor hot": (single("motor_temperature", 160.0), "motor-over-temperature", "pack", Level.WARNING, 5.3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_told_within_its_rules_time(fault: str) -> None:
+    change, rule, key, level, within_s = FAULTS[fault]
+    rng = np.random.default_rng(7)
+    bench, pack = Bench(), NoisyPack(rng, soc=0.6)
+    warm_up(bench, pack)
+    assert bench.drafts == []
+    begin_ns = bench.t_ns
+    bench.run(pack.rows(np.full(int(within_s * 10) + 5, -40.0), 0.1), 0.1, change)
+    raised = bench.told(rule, "raise")
+    assert raised, [draft.body["text"] for draft in bench.drafts]
+    assert raised[0].body["key"] == key
+    assert raised[0].level == level, raised[0].body["text"]
+    assert (raised[0].mono_ns - begin_ns) / 1e9 <= within_s
+    assert "limit" in raised[0].body["text"] or rule == "contactor-mismatch" or raised[0].body["text"]
+    assert raised[0].body["context"]["mode"] == "idle"
