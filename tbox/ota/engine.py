@@ -192,6 +192,10 @@ class InstallDone(NamedTuple):
     error: str = ""
 
 
+class Look(NamedTuple):
+    """A person wants the repository looked at now."""
+
+
 class Approve(NamedTuple):
     """A person approves what is offered, and wants it looked for now."""
 
@@ -204,7 +208,7 @@ class RollBackByHand(NamedTuple):
     """A person ends the trial against the image."""
 
 
-Input = CheckDone | FetchDone | InstallDone | Approve | ConfirmByHand | RollBackByHand
+Input = CheckDone | FetchDone | InstallDone | Look | Approve | ConfirmByHand | RollBackByHand
 
 
 class Step(NamedTuple):
@@ -392,6 +396,8 @@ class Engine:
                 self._fetched(item)
             case InstallDone():
                 self._installed(item)
+            case Look():
+                self._check_at_ns = self._retry_at_ns = 0
             case Approve():
                 self._approve()
             case ConfirmByHand():

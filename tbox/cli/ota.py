@@ -1,0 +1,128 @@
+"""`tbox ota`: updates, as seen and steered by people. Parses, asks the running agent, prints; no decisions."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from tbox import control
+from tbox.cli.boot import control_status
+from tbox.cli.run import _socket, config_option, socket_option
+from tbox.durable import OsStorage
+from tbox.errors import Refused
+from tbox.ota.bootctl import BootCtl
+
+POLL_S = 0.5
+BUSY = ("checking", "downloading", "installing")
+Command = Callable[..., Any]
+
+
+@click.group()
+def ota() -> None:
+    """Updates: device and publisher commands."""
+
+
+def agent_option(command: Command) -> Command:
+    """Give a command the options that lead to the running agent, as one argument `agent`."""
+
+    @config_option
+    @socket_option
+    @functools.wraps(command)
+    def found(*args: Any, config_path: str, socket: str, **options: Any) -> Any:
+        return command(*args, agent=_socket(socket, config_path), **options)
+
+    return found
+
+
+def ask(agent: str, what: str) -> dict[str, Any]:
+    """Ask the running agent's update engine. Raises ControlError, Refused."""
+    return control.request(agent, {"cmd": "ota", "do": what})
+
+
+def say(status: dict[str, Any]) -> None:
+    """Print the state in one line, and why it is so in a second one."""
+    running = status.get("running", {})
+    where = f" · slot {running.get('slot')} runs {running.get('version')}" if running else ""
+    click.echo(f"{status['state']}{where}")
+    if status.get("offered"):
+        click.echo(f"offered: {status['offered']['version']} {status['offered']['notes']}".rstrip())
+    if status.get("reason"):
+        click.echo(f"why: {status['reason']}")
+
+
+@ota.command()
+@agent_option
+@click.option(
+    "--dir", "directory", type=click.Path(path_type=Path), help="Read boot control here, without an agent."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
+def status(agent: str, directory: Path | None, as_json: bool) -> None:
+    """Show what runs, what is under way and what holds it."""
+    if directory is not None:
+        click.echo(json.dumps(control_status(BootCtl(OsStorage(), str(directory)).read()), indent=2))
+        return
+    found = ask(agent, "status")
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    say(found)
+
+
+@ota.command()
+@agent_option
+def check(agent: str) -> None:
+    """Look for an update now. Exit 1 when there is none."""
+    ask(agent, "check")
+    found = follow(agent, until_offered=True)
+    say(found)
+    if not found.get("offered"):
+        raise Refused("no update is offered")
+
+
+@ota.command()
+@agent_option
+def install(agent: str) -> None:
+    """Approve the offered update and follow it until it waits for the switch or restarts the agent."""
+    ask(agent, "install")
+    say(follow(agent))
+
+
+@ota.command()
+@agent_option
+def confirm(agent: str) -> None:
+    """End the trial of a new image in its favour."""
+    say(ask(agent, "confirm"))
+
+
+@ota.command()
+@agent_option
+def rollback(agent: str) -> None:
+    """End the trial of a new image against it; the previous one starts at once."""
+    say(ask(agent, "rollback"))
+
+
+def follow(agent: str, *, until_offered: bool = False) -> dict[str, Any]:
+    """Show the progress of the work under way until none is; return the status then."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("", total=None)
+        while True:
+            time.sleep(POLL_S)
+            found = ask(agent, "status")
+            progress = found.get("progress", {})
+            bars.update(
+                bar,
+                description=found["state"],
+                completed=progress.get("done_bytes", 0),
+                total=progress.get("total_bytes") or None,
+            )
+            if found["state"] not in BUSY or (until_offered and found.get("offered")):
+                return found
