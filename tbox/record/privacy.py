@@ -170,7 +170,8 @@ class PrivacyFilter:
     def _scrub_series(self, series: Series) -> Series:
         """Blur the position columns pair by pair; leave out what is positional and has no partner."""
         positional = {column.name: column for column in series.columns if _POSITIONAL.search(column.name)}
-        if not positional:
+        blocks = tuple(one for one in series.blocks if not _POSITIONAL.search(f"{one.prefix} {one.suffix}"))
+        if not positional and len(blocks) == len(series.blocks):
             return series
         kept = [column for column in series.columns if column.name not in positional]
         partners = {name.lower(): column for name, column in positional.items()}
@@ -184,7 +185,7 @@ class PrivacyFilter:
                 for name, column in positional.items()
                 if "latitude" not in name.lower() and "longitude" not in name.lower()
             ]
-        return replace(series, columns=tuple(kept))  # a block is numbered on, so it is no position
+        return replace(series, columns=tuple(kept), blocks=blocks)
 
     def _blur_columns(self, latitude: Column, longitude: Column) -> list[Column]:
         here = np.ones(len(latitude.raw), np.bool_)

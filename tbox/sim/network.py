@@ -39,7 +39,7 @@ HOST = "127.0.0.1"
 CHUNK_BYTES = 16 * 1024
 QUEUE_BYTES_MAX = 256 * 1024  # held per direction before reading stops, as a socket buffer would
 RETRANSMIT_S = 0.2  # what a lost segment costs: Linux's minimal retransmission time-out
-TICK_S = 0.05
+TCP_ESTABLISHED = 1  # tcpi_state, linux/tcp.h
 
 
 # --- the proxy ----------------------------------------------------------------------------------------
@@ -152,7 +152,8 @@ class LinkCutter:
                     with contextlib.suppress(BlockingIOError):
                         self._wake_out.recv(4096)
                 elif key.data == "accept":
-                    self._accept()
+                    if not (self._up_cut or self._down_cut):
+                        self._accept()
                 else:
                     self._move(key.data, events, live)
 
@@ -162,7 +163,7 @@ class LinkCutter:
         wait_s = 1.0
         wanted: dict[socket.socket, tuple[int, list[_Pipe]]] = {}
         for pipe in self._pipes:
-            if self._up_cut if pipe.upward else self._down_cut:
+            if self._is_cut(pipe):
                 continue
             if pipe.queued_bytes < QUEUE_BYTES_MAX and not pipe.ended:
                 self._want(wanted, pipe.source, selectors.EVENT_READ, pipe)
@@ -173,6 +174,9 @@ class LinkCutter:
         for sock, (events, pipes) in wanted.items():
             selector.register(sock, events, pipes)
         return wait_s
+
+    def _is_cut(self, pipe: _Pipe) -> bool:
+        return self._up_cut if pipe.upward else self._down_cut
 
     @staticmethod
     def _want(
@@ -185,6 +189,9 @@ class LinkCutter:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             device, _ = self._listener.accept()
+            if device.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != TCP_ESTABLISHED:
+                device.close()  # tried in the silence and given up: in a tunnel it would never have come
+                return
             try:
                 broker = socket.create_connection((HOST, self.target_port), 2.0)
             except OSError:
@@ -197,7 +204,7 @@ class LinkCutter:
 
     def _move(self, pipes: Any, events: int, live: set[int]) -> None:
         for pipe in pipes:
-            if id(pipe) not in live:
+            if id(pipe) not in live or self._is_cut(pipe):  # it was cut while we waited
                 continue
             try:
                 if events & selectors.EVENT_READ:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tbox.model import Column, Draft, Level, Now, Series
+from tbox.model import Block, Column, Draft, Level, Now, Series
 from tbox.record.codec import Minter, decode_payload
 from tbox.record.privacy import (
     PositionBlur,
@@ -156,6 +156,14 @@ def test_absent_fixes_stay_absent_and_a_lone_latitude_is_left_out() -> None:
     lone = location("", [52.0])
     lone = Series(lone.t_ms, lone.columns[:2])
     assert list(minted(POSITION, lone)) == ["Vehicle.Speed"]
+
+
+def test_a_block_of_positions_is_left_out_and_other_blocks_stay() -> None:
+    raw = np.array([[520000000], [520000001]], np.int64)
+    blocks = (Block("Latitude", 1, "", 1e-7, 0.0, raw), Block("Cell", 1, ".min", 0.001, 0.0, raw))
+    series = Series(np.array([0], np.int64), (), blocks)
+    for settings in (PrivacySettings(), POSITION):
+        assert list(minted(settings, series)) == ["Cell1.min", "Cell2.min"]
 
 
 def test_noise_zero_sends_positions_as_they_are() -> None:

@@ -6,14 +6,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tbox.model import RECORD_PAYLOAD_BYTES_MAX, Draft, Level
 from tbox.sim.broker import BrokerTls, MosquittoBroker
 from tbox.sim.network import LinkCutter
-from tbox.uplink.mqtt import UplinkError, tls_context
+from tbox.uplink.mqtt import MqttUplink, UplinkError, tls_context
 from tbox.uplink.session import UplinkSettings
 from tests.io.uplink_bench import (
+    QUICK,
+    VEHICLE,
     Listener,
     Pki,
     an_uplink,
@@ -53,7 +56,7 @@ def test_every_record_arrives_byte_for_byte_and_the_state_says_offline_at_the_en
         wait_for("every PUBACK", lambda: spool.empty)
         assert uplink.stop(5.0)
         wait_for("the state offline", lambda: listener.states[-1:] == ["offline"])
-    assert result.ok and result.duplicates == 0
+    assert result.ok and result.duplicates <= uplink.status()["requeued"]
     assert listener.payloads == {record.id: record.payload for record in records}
     assert listener.states[0] == "online" and uplink.beat > 0 and not uplink.alive
 
@@ -116,9 +119,11 @@ def test_a_wrong_certificate_stops_the_uplink_which_says_so_and_keeps_the_record
         uplink = an_uplink(settings_for(broker.port, tls=True, **files), spool)
         uplink.start()
         wait_for("refused", lambda: uplink.status()["state"] == "refused")
-        status = uplink.status()
+        status, beat = uplink.status(), uplink.beat
+        wait_for("more turns of the pump", lambda: uplink.beat > beat + 1)
+        assert uplink.status()["links"] == status["links"]
         uplink.stop(1.0)
-    assert words in status["why"] and status["links"] == 1
+    assert words in status["why"]
     assert spool.acked == []
 
 
@@ -133,8 +138,9 @@ def test_a_wrong_password_stops_the_attempts_and_the_right_one_works(tmp_path: P
         wrong.start()
         wait_for("refused", lambda: wrong.status()["state"] == "refused")
         beat = wrong.beat
+        links = wrong.status()["links"]
         wait_for("more turns of the pump", lambda: wrong.beat > beat + 3)
-        assert wrong.status()["links"] == 1 and "refused" in wrong.status()["why"]
+        assert wrong.status()["links"] == links and "refused" in wrong.status()["why"]
         wrong.stop(2.0)
         assert spool.acked == []
         word.write_text("right")
@@ -285,6 +291,23 @@ def test_without_a_broker_it_waits_says_why_and_stops_at_once(tmp_path: Path) ->
     begin = time.monotonic()
     assert not uplink.stop(20.0)
     assert not uplink.alive and time.monotonic() - begin < 20.0
+
+
+def test_a_nudge_ends_a_long_wait_at_once(tmp_path: Path) -> None:
+    patient = msgspec.structs.replace(QUICK, backoff_base_ms=60_000, backoff_max_ms=3_600_000)
+    broker = MosquittoBroker(str(tmp_path))
+    with broker.start():
+        port = broker.port
+    uplink = MqttUplink(
+        settings_for(port, session=patient), VEHICLE, MemorySpool(), start=1,
+        last_id=lambda: None, jitter=lambda: 0.99,
+    )  # fmt: skip
+    uplink.start()
+    wait_for("the wait", lambda: uplink.status()["state"] == "waiting")
+    with broker.start():
+        uplink.nudge()
+        wait_for("online", lambda: uplink.status()["state"] == "online", deadline_s=50.0)
+        uplink.stop(5.0)
 
 
 def test_a_certificate_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -89,6 +89,20 @@ def test_only_the_way_back_can_be_cut(echo: int) -> None:
         assert receive(sock, 5) == b"hello"
 
 
+def test_a_connection_tried_and_given_up_in_the_silence_never_reaches_the_broker() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, LinkCutter(server.getsockname()[1]) as cutter:
+        cutter.cut()
+        with connect(cutter) as sock:
+            sock.sendall(b"CONNECT from the tunnel")
+        cutter.restore()
+        with connect(cutter) as sock:
+            sock.sendall(b"CONNECT after it")
+            accepted, _ = server.accept()
+            with accepted:
+                accepted.settimeout(30)
+                assert accepted.recv(100) == b"CONNECT after it"
+
+
 def test_a_reset_closes_the_connection_and_new_ones_work(echo: int) -> None:
     with LinkCutter(echo) as cutter:
         with connect(cutter) as sock:
