@@ -43,7 +43,7 @@ POLL_S = 0.25
 # The story, in shares of the ride.
 TUNNEL_BEGINS, OVERHEAT_BEGINS, DRIFT_BEGINS, TUNNEL_ENDS = 0.17, 0.22, 0.27, 0.62
 OVERHEAT_SHARE, DRIFT_SHARE = 0.25, 0.40
-OVERHEAT_S_MIN = 12.0  # a short ride still lets the module reach its critical temperature
+OVERHEAT_S_MIN = 18.0  # a short ride still lets the module reach its critical temperature
 # A hot day, so that a module warming by less than 1 degC/s (no runaway) gets there within the ride.
 AMBIENT_C, PACK_C, OVERHEAT_W = 35.0, 41.0, 650.0
 BACKLOG_RECORDS_S, LIVE_RECORDS = 10, 10  # a thin link after the tunnel, so that one sees who goes first

@@ -52,7 +52,7 @@ class Panels:
         )  # fmt: skip
         body.add_row(
             "spread", self._gauge("spread", edge.get("spread_mv"), "mV", None),
-            "isolation", Text(str(edge.get("isolation", "-"))),
+            "isolation", Text(str(edge.get("isolation", {}).get("state", "-"))),
         )  # fmt: skip
         parts: list[RenderableType] = [body, Text("")]
         parts += [_alarm_line(alarm) for alarm in edge.get("alarms", [])[:ALARMS_SHOWN]]
