@@ -388,4 +388,4 @@ def _kwh(joules: float) -> float:
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
+    return None if value is None else round(value, digits) + 0.0  # -0.0 is 0.0

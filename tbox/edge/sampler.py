@@ -309,6 +309,7 @@ class Sampler:
         largest = np.maximum(np.abs(low), np.abs(high))
         scale, offset = self._scales.choose(signal, last, largest, present)
         varies: Bools = ((low != high) & present).any(axis=0) & ~self._last_only[signal]
+        varies |= self._families.touched(signal, varies)
         table = _Table(stats.window_ns // NS_PER_MS, stats.start_ns + rows * stats.window_ns, [], [])
         self._add(table, "", signal, last, scale, offset, present)
         if varies.any():
@@ -583,6 +584,15 @@ class _Families:
             self.number[i] = int(number)
         self.texts = list(known)
 
+    def touched(self, signals: I64, chosen: Bools) -> Bools:
+        """Return which signals have one of their family among the chosen: a family stays one block."""
+        family = self.family[signals]
+        hit = np.zeros(len(self.texts) + 1, dtype=np.bool_)
+        hit[family[chosen]] = True
+        hit[-1] = False  # those without a family, -1
+        touched: Bools = hit[family]
+        return touched
+
     def in_order(self, signals: I64) -> I64:
         """Return the signals with each family together and in the order of its numbers."""
         return signals[np.lexsort((self.number[signals], self.family[signals]))]
@@ -599,7 +609,9 @@ def column_names(catalog: Sequence[Signal]) -> list[str]:
     names: list[str] = []
     taken: set[str] = set()
     for signal in catalog:
-        plain = f"{signal.message}.{signal.name}"
+        plain = signal.name
+        if not plain.startswith(f"{signal.message}."):
+            plain = f"{signal.message}.{plain}"
         name = signal.vss or plain
         if signal.vss and signal.role in NUMBERED_ROLES and not name.endswith("]"):
             name = f"{name}[{signal.index}]"

@@ -194,6 +194,23 @@ def test_names_are_unique_and_carry_cell_numbers() -> None:
     assert names[CELL1] == VSS + "CellVoltage.CellVoltages[1]" and names[OTHER] == "Misc.other"
 
 
+def test_cells_are_one_block_a_statistic_however_few_of_them_vary() -> None:
+    catalog = tuple(
+        Signal(f"c{i}", f"M{i // 4}", 0, "V", "cell_voltage", i, vss=VSS + f"C[{i}]", scale=0.001)
+        for i in (*range(6, 12), *range(6))
+    )
+    sampler = new_sampler(catalog)
+    volts = [(t, c, 3.7 + 0.001 * (t == 200 and c == 3)) for t in (100, 200) for c in range(12)]
+    sampler.step(at(300), batch(volts), CITY)
+    (draft,) = sampler.flush(at(300), CITY)
+    (series,) = draft.body["series"]
+    assert series.columns == ()
+    assert [(b.prefix, b.first, b.suffix, b.raw.shape) for b in series.blocks] == [
+        (VSS + "C[", 0, suffix, (12, 1)) for suffix in ("]", "].min", "].max", "].mean")
+    ]
+    assert points([draft])[VSS + "C[9].max"] == {0: pytest.approx(3.701)}
+
+
 def test_a_plan_that_does_not_divide_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError, match="record_ms must be"):
         msgspec.convert(
