@@ -1,4 +1,4 @@
-"""`tbox ota`: updates, as seen and steered by people. Parses, asks the running agent, prints; no decisions."""
+"""`tbox ota`: updates, as seen and steered by people. It parses, asks the running agent and prints."""
 
 from __future__ import annotations
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from tbox.durable import TwoCopies
+from tbox.durable import OsStorage, TwoCopies
 from tbox.errors import Refused
 from tbox.model import NS_PER_S, Draft, Now
 from tbox.ota import boot, supervisor
@@ -26,7 +27,7 @@ from tbox.ota.model import Delta, Full, Offer, RollbackOrder, VerifiedTarget
 from tbox.ota.policy import OtaSettings, Vitals
 from tbox.ota.slots import SimBackend, Slots
 from tbox.ota.trial import Proof
-from tests.crash.flash import Flash, Image
+from tests.crash.flash import Flash, Image, Op
 
 FIRMWARE, DATA = "/fw", "/data"
 BLOCK_BYTES = 512
@@ -170,8 +171,49 @@ class LoggedBootCtl:
         return control
 
 
-class Rest(tuple[SlotName, bytes]):
-    """Where the device came to rest: the slot that runs and its exact bytes."""
+class Disk(Flash):
+    """The same storage on a real directory; `log` still counts what was written."""
+
+    def __init__(self, top: str) -> None:
+        super().__init__()
+        self._top, self._os = top, OsStorage()
+
+    def _at(self, path: str) -> str:
+        return self._top + path
+
+    def read(self, path: str) -> bytes:
+        return self._os.read(self._at(path))
+
+    def write(self, path: str, data: bytes, offset: int = 0, *, create: bool = True) -> None:
+        self.log.append(Op("write", path))
+        self._os.write(self._at(path), data, offset, create=create)
+
+    def truncate(self, path: str, size: int) -> None:
+        self._os.truncate(self._at(path), size)
+
+    def fsync(self, path: str) -> None:
+        self._os.fsync(self._at(path))
+
+    def fsync_dir(self, path: str) -> None:
+        self._os.fsync_dir(self._at(path))
+
+    def exists(self, path: str) -> bool:
+        return self._os.exists(self._at(path))
+
+    def size(self, path: str) -> int:
+        return self._os.size(self._at(path))
+
+    def read_at(self, path: str, offset: int, length: int) -> bytes:
+        return self._os.read_at(self._at(path), offset, length)
+
+    def read_medium(self, path: str, offset: int, length: int) -> bytes:
+        return self._os.read_medium(self._at(path), offset, length)
+
+    def put(self, image: Image) -> None:
+        """Lay out what stands on the medium."""
+        for path, data in image.items():
+            Path(self._at(path)).parent.mkdir(parents=True, exist_ok=True)
+            Path(self._at(path)).write_bytes(data)
 
 
 def drive(world: World, flash: Flash) -> tuple[SlotName, bytes]:
@@ -186,7 +228,7 @@ def drive(world: World, flash: Flash) -> tuple[SlotName, bytes]:
         if isinstance(chosen, LastResort):
             raise Violation(f"nothing boots: {chosen.reasons}")
         slot, target = chosen
-        running = bytes(flash.files[slots.image_path(slot)][: target.length])
+        running = flash.read(slots.image_path(slot))[: target.length]
         if running not in (world.old, world.new):
             raise Violation("what boots is neither the old image nor the new one")
         if running == world.new:
