@@ -10,6 +10,7 @@ Current is positive into the battery; SOC and SOH in percent.
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -118,7 +119,7 @@ class SocFilter:
         if before_ns is None:
             return 0.0
         dt_s = (mono_ns - before_ns) / NS_PER_S
-        decay = float(np.exp(-dt_s / RELAX_S))
+        decay = math.exp(-dt_s / RELAX_S)
         self._past_a *= decay
         if mono_ns - before_ns > GAP_NS_MAX:
             self._polarised_a *= decay
@@ -143,8 +144,8 @@ class SocFilter:
         ohmic = OHMIC_V_PER_C * self._current_a * per_a
         polarised = POLARISATION_V_PER_C * self._polarised_a * per_a
         unknown = POLARISATION_V_PER_C * self._past_a * per_a
-        sigma_v = float(np.hypot(MODEL_ERROR * (abs(ohmic) + abs(polarised)) + unknown, VOLT_NOISE_V))
-        told, sigma = self._curve.percent(cell_v - ohmic - polarised, float(np.hypot(sigma_v, OCV_ERROR_V)))
+        sigma_v = math.hypot(MODEL_ERROR * (abs(ohmic) + abs(polarised)) + unknown, VOLT_NOISE_V)
+        told, sigma = self._curve.percent(cell_v - ohmic - polarised, math.hypot(sigma_v, OCV_ERROR_V))
         self.ocv = told, sigma
         news = 1 / sigma**2 - self._used
         if news <= 0:
@@ -154,7 +155,7 @@ class SocFilter:
         variance = self.sigma**2
         gain = variance / (variance + 1 / news)
         self.percent = min(max(self.percent + gain * (told - self.percent), 0.0), 100.0)
-        self.sigma = max(float(np.sqrt((1 - gain) * variance)), min(floor, self.sigma))
+        self.sigma = max(math.sqrt((1 - gain) * variance), min(floor, self.sigma))
 
 
 class SohFilter:
@@ -186,7 +187,7 @@ class SohFilter:
         if self._anchor is not None:
             delta = percent - self._anchor[0]
             if abs(delta) >= ANCHOR_DELTA_MIN:
-                self._measure(delta, float(np.hypot(sigma, self._anchor[1])))
+                self._measure(delta, math.hypot(sigma, self._anchor[1]))
             elif self._throughput_ah < ANCHOR_THROUGHPUT_MAX * self._new_ah:
                 return
         self._anchor = percent, sigma
@@ -197,13 +198,13 @@ class SohFilter:
         if not SOH_MIN <= soh <= SOH_MAX:
             return
         share = float(
-            np.hypot(delta_sigma / abs(delta), CURRENT_GAIN_ERROR * self._throughput_ah / abs(self._ah))
+            math.hypot(delta_sigma / abs(delta), CURRENT_GAIN_ERROR * self._throughput_ah / abs(self._ah))
         )
         cycles = self._throughput_ah / (2 * self._new_ah)
         variance, noise = self.sigma**2 + SOH_DRIFT_PER_CYCLE**2 * cycles, (soh * share) ** 2
         gain = variance / (variance + noise)
         self.percent += gain * (soh - self.percent)
-        self.sigma = max(float(np.sqrt((1 - gain) * variance)), 100 * CURRENT_GAIN_ERROR)
+        self.sigma = max(math.sqrt((1 - gain) * variance), 100 * CURRENT_GAIN_ERROR)
         self.pairs += 1
 
 

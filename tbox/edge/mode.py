@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from tbox.model import NS_PER_S, Draft, Level, Now, PackSnapshot
+from tbox.model import NS_PER_MS, NS_PER_S, Draft, Level, Now, PackSnapshot
 
 
 class Mode(StrEnum):
@@ -79,6 +79,7 @@ def next_mode(mode: Mode, event: Event) -> Mode:
         raise IllegalTransition(f"{event} in mode {mode}") from None
 
 
+PERIOD_NS = 100 * NS_PER_MS  # how often it looks, whatever the rate of calls
 STANDING_KMH_MAX = 1.0  # below this the wheels stand: CAN speed signals idle at a few tenths
 CHARGING_UNPLUGGED, CHARGING_PLUGGED, CHARGING_AC, CHARGING_DC = 0.0, 1.0, 2.0, 3.0  # ROLE_UNITS
 IGNITION_OFF_MAX = 1.0  # 0 off, 1 accessory
@@ -135,10 +136,14 @@ class ModeTracker:
         self._settings = settings or ModeSettings()
         self._since_ns: dict[Event, int] = {}  # events of this mode that hold now -> since when
         self._journeys = 0
+        self._next_ns: int | None = None
         self.context = Context()
 
     def step(self, now: Now, snapshot: PackSnapshot) -> tuple[Context, list[Draft]]:
-        """Return the context and, when the mode changed, an event that says so."""
+        """Return the context (at most PERIOD_NS old) and, when the mode changed, an event that says so."""
+        if self._next_ns is not None and now.mono_ns < self._next_ns:
+            return self.context, []
+        self._next_ns = now.mono_ns + PERIOD_NS
         before = self.context.mode
         event = self._due_event(now, snapshot.scalars)
         mode = next_mode(before, event) if event else before
