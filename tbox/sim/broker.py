@@ -158,16 +158,25 @@ class MosquittoBroker(_Managed):
         config = self._directory / "mosquitto.conf"
         config.write_text(self._config(), encoding="utf-8")
         with self._log.open("ab") as log:
+            said = log.tell()
             self._process = subprocess.Popen(
                 [binary, "-c", str(config)], stdout=log, stderr=log, stdin=subprocess.DEVNULL
             )
         deadline = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < deadline and self._process.poll() is None:
-            with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), 1.0):
+            # It listens before it has read its certificates, so a connection alone proves nothing.
+            if b" running" in self._log.read_bytes()[said:] and self._listens():
                 return True
             time.sleep(POLL_S)
         self._end(signal.SIGKILL)
         return False
+
+    def _listens(self) -> bool:
+        try:
+            with socket.create_connection((HOST, self.port), 1.0):
+                return True
+        except OSError:
+            return False
 
     def _config(self) -> str:
         """No limit on what is kept for a subscriber: by default mosquitto drops beyond 1,000 messages."""
@@ -181,6 +190,7 @@ class MosquittoBroker(_Managed):
             "log_type error",
             "log_type warning",
             "log_type notice",
+            "log_type information",
             "log_type subscribe",
         ]
         if os.geteuid() == 0:
