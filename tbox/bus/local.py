@@ -282,13 +282,11 @@ class LocalBus(can.BusABC):
         """Wait; take in new members; return the pairs that have something to read."""
         if self._is_shutdown:
             raise can.CanOperationError("the bus is closed")
-        ready = []
-        for number, _ in self._epoll.poll(timeout_s):
-            if number == self._listener.fileno():
-                self._accept()
-            elif number in self._readers:
-                ready.append(self._readers[number])
-        return ready
+        events = self._epoll.poll(timeout_s)
+        if any(number == self._listener.fileno() for number, _ in events):
+            self._accept()
+            events = self._epoll.poll(0)  # what new members have sent already is there to be read
+        return [self._readers[number] for number, _ in events if number in self._readers]
 
     def _drain(self, peer: _Peer) -> tuple[npt.NDArray[np.void], bool] | None:
         """Read what one pair holds and count what is missing in it; None when it holds no frame."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 
+from tbox.bus.playback import RecordingReader
 from tbox.bus.python_can import PythonCanReader, open_bus
 from tbox.bus.socketcan import SocketCanReader
 from tbox.bus.spec import BusCounters, BusError, BusReader, BusSpec, parse_bus_url
@@ -35,6 +36,8 @@ def open_reader(
     ids: what the DBCs know, with CAN_EFF_FLAG; the kernel filters for them if spec.filter asks for it.
     Raises BusError for an interface that does not exist; a bus that is merely down is waited for.
     """
+    if spec.interface == "recording":
+        return RecordingReader(spec, channel)
     if spec.interface == "socketcan":
         return SocketCanReader(spec, channel, ids=ids, mono_ns=mono_ns)
     return PythonCanReader(spec, channel, mono_ns=mono_ns)
