@@ -54,10 +54,11 @@ ALL_ONES_BITS_MIN = 8
 _SNA_ATTRIBUTES = ("GenSigSNA", "GenSigSnaValue", "GenSigInvalidValue", "SigSNA", "SNA")
 STEP_TOLERANCE = 1e-6  # a limit that is a raw value's physical value up to rounding includes it
 _INT64 = (-(1 << 63), (1 << 63) - 1)
+_ALL = (-(1 << 70), 1 << 70)  # beyond every raw value
 
 
 class Limits(NamedTuple):
-    """Raw values from `low` to `high` that are not in `sna` are readings; `sna` says which others are SNA.
+    """Raw values (as int64) from `low` to `high` that are not in `sna` are readings; those in `sna` are SNA.
 
     For floats the limits are on the value in the role's unit: value_low, value_high.
     """
@@ -87,7 +88,8 @@ def limits_of(signal: Any, binding: Binding) -> Limits:
         sna.add(ones)
     if binding.values:  # only mapped values are readings
         low, high = min(raw for raw, _ in binding.values), max(raw for raw, _ in binding.values)
-    return Limits(max(low, _INT64[0]), min(high, _INT64[1]), frozenset(sna), value_low, value_high)
+    as_int64 = frozenset((raw + (1 << 63)) % (1 << 64) - (1 << 63) for raw in sna)
+    return Limits(max(low, _INT64[0]), min(high, _INT64[1]), as_int64, value_low, value_high)
 
 
 def _spans(signal: Any, binding: Binding) -> list[tuple[float, float]]:
@@ -106,13 +108,13 @@ def _spans(signal: Any, binding: Binding) -> list[tuple[float, float]]:
 def _to_raw(low: float, high: float, scale: float, offset: float) -> tuple[int, int]:
     """Invert a range to raw values, once, so that the hot comparison is on integers."""
     if scale == 0 or not math.isfinite(scale) or not math.isfinite(offset):
-        return _INT64
+        return _ALL
     ends = [(low - offset) / scale, (high - offset) / scale]
     first, last = min(ends), max(ends)
     tolerance = max(STEP_TOLERANCE, 1e-12 * max(_magnitude(first), _magnitude(last)))
     return (
-        _INT64[0] if not first > -EXACT_INT_MAX else math.ceil(first - tolerance),
-        _INT64[1] if not last < EXACT_INT_MAX else math.floor(last + tolerance),
+        _ALL[0] if not first > -EXACT_INT_MAX else math.ceil(first - tolerance),
+        _ALL[1] if not last < EXACT_INT_MAX else math.floor(last + tolerance),
     )
 
 

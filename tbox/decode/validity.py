@@ -112,7 +112,8 @@ class _LimitTable:
             at = np.flatnonzero(self._by_value.take(row))
             value, its_row = decoded.value[at], row[at]
             wrong = ~((value >= self._low_value.take(its_row)) & (value <= self._high_value.take(its_row)))
-            code[at] = np.where(wrong, np.where(np.isnan(value), Validity.SNA, Validity.RANGE), 0)
+            wrong &= code[at] == 0
+            code[at[wrong]] = np.where(np.isnan(value[wrong]), Validity.SNA, Validity.RANGE)
         return code
 
     def _is_sna(self, row: IntArray, raw: IntArray) -> npt.NDArray[np.bool_]:

@@ -48,6 +48,7 @@ def assert_equal_to_cantools(
             assert repr(by_us(one)) == repr(by_cantools(database, can_id, payload))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(messages=dbcs.databases(), seed=st.integers(0, 2**32 - 1), at_once=st.sampled_from([1, 2, 3, 7, 60]))
 def test_any_dbc_and_any_payload_decode_as_in_cantools(messages: list[Msg], seed: int, at_once: int) -> None:

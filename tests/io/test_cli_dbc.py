@@ -69,6 +69,7 @@ def test_a_proposed_mapping_loads_and_binds(tmp_path: Path) -> None:
     assert {role for role, _ in bound} == {"cell_voltage", "pack_voltage", "pack_current", "soc", "speed"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kona-pcan.dbc", "foxbms.dbc", "model3.dbc", "gm-hv-cells.dbc"])
 def test_a_proposal_for_any_public_dbc_loads(tmp_path: Path, name: str) -> None:
     path, proposal = data_file("dbc", name), tmp_path / "map.toml"

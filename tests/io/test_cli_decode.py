@@ -113,6 +113,7 @@ def write(path: Path, frames: list[LoggedFrame], dialect: str) -> None:
         write_recording(path, frames, dialect)
 
 
+@pytest.mark.slow
 def test_the_kona_recording_decodes_as_cantools_does_frame_by_frame(tmp_path: Path) -> None:
     log, dbc = data_file(*KONA_LOG), data_file("dbc", "kona-pcan.dbc")
     got, counts = run(log, [dbc], tmp_path / "out.jsonl", "--channel", "0")
@@ -124,6 +125,7 @@ def test_the_kona_recording_decodes_as_cantools_does_frame_by_frame(tmp_path: Pa
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bus", "dialect"),
     [
