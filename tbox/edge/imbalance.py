@@ -21,11 +21,14 @@ DROP_BASE_S = 30.0
 DROP_BASE_V_PER_S_MAX = 0.001
 # Drift: where a cell stands is learnt first, then followed very slowly (balancing moves it over days).
 DRIFT_LEARN_S = 30.0
+DRIFT_LESSON_V_MAX = 0.020  # what one look may teach: a fault meanwhile must not become the usual
 DRIFT_BASE_S = 24 * 3600.0
 # What a cell may depart from its place before the CUSUM counts: balancing holds 10 mV (LibreSolar), and
-# five sigma of all departures, which grow together with load, cold and a low state of charge.
+# five sigma of all departures, which grow together with load, cold and a low state of charge. The few worst
+# are left out of the sigma, or in a short series a sick cell would excuse itself.
 DRIFT_ALLOWED_V = 0.010
 DRIFT_ALLOWED_SIGMAS = 5.0
+DRIFT_WORST_SHARE = 1 / 48  # and at least two, of a series of eight or more
 DRIFT_FADE_S = 60.0  # a cell back in its place is forgiven with this time constant
 DRIFT_CUSUM_VS_MAX = 36.0  # 600 mV*min: further the sum does not grow, so that it can come back
 STEP_S_MAX = 2.0  # a gap in the data counts as no more than this
@@ -48,6 +51,8 @@ class Imbalance:
         self._cusum_vs: Floats = np.zeros(len(names))
         self._last_v: Floats = np.full(len(names), np.nan)
         self._still = np.zeros(len(names))
+        worst = max(min(2, len(names) // 4), int(len(names) * DRIFT_WORST_SHARE))
+        self._usual = max(1, len(names) - worst)  # so many departures make the sigma of drift
         self.spread_v: float | None = None
 
     def step(self, t_ns: int, cell_v: Floats, known: npt.NDArray[np.bool_]) -> dict[str, Reading]:
@@ -137,14 +142,17 @@ class Imbalance:
         departed_v = departed_v if everything else np.where(np.isnan(departed_v), 0.0, departed_v)
         if self._learnt_s < DRIFT_LEARN_S:
             self._learnt_s += step_s
-            self._place_v = self._place_v + departed_v * (step_s / max(self._learnt_s, step_s, 1e-9))
+            lesson_v = np.clip(departed_v, -DRIFT_LESSON_V_MAX, DRIFT_LESSON_V_MAX)
+            self._place_v = self._place_v + lesson_v * (step_s / max(self._learnt_s, step_s, 1e-9))
             return NOTHING
-        allowed_v = max(DRIFT_ALLOWED_V, DRIFT_ALLOWED_SIGMAS * _sigma_of(departed_v, True))
-        excess_v = np.abs(departed_v) - allowed_v
+        distance_v = np.abs(departed_v)
+        usual_v = np.partition(distance_v, self._usual - 1)[: self._usual]
+        allowed_v = max(DRIFT_ALLOWED_V, DRIFT_ALLOWED_SIGMAS * _sigma_of(usual_v, True))
+        excess_v = distance_v - allowed_v
         inside = excess_v <= 0.0
         self._cusum_vs += np.where(inside, -self._cusum_vs * (step_s / DRIFT_FADE_S), excess_v * step_s)
         np.minimum(self._cusum_vs, DRIFT_CUSUM_VS_MAX, out=self._cusum_vs)
-        self._place_v = self._place_v + np.where(inside, departed_v * (step_s / DRIFT_BASE_S), 0.0)
+        self._place_v = self._place_v + departed_v * (step_s / DRIFT_BASE_S)
 
         def text(cell: int) -> str:
             return f"{departed_v[cell] * 1000:+.0f} mV from its place, {allowed_v * 1000:.0f} mV allowed"

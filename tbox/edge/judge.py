@@ -79,7 +79,11 @@ class Judge:
         alarm = self._alarm(NO_ITEM, PACK_KEY)
         told = alarm.step(t_ns, value, shift)
         if value is not None:
-            self._detail[NO_ITEM] = (reading.name or PACK_KEY, reading.detail(reading.item))
+            detail = reading.detail(reading.item)
+            if (
+                detail or NO_ITEM not in self._detail
+            ):  # once the cause is gone, its last trace still tells most
+                self._detail[NO_ITEM] = (reading.name or PACK_KEY, detail)
             if reading.item != NO_ITEM:
                 self._place = reading.item
         return self._told([(alarm, told)], t_ns, context)
