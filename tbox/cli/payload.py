@@ -34,7 +34,7 @@ def payload(file: str, indent: bool) -> None:
             record = decode_payload(raw, expand=True)
         except PayloadError as error:
             raise PayloadError(error.what, where=file) from error
-        click.echo(_text(record, indent))
+        click.echo(as_text(record, indent))
         return
     reader = CaptureReader(raw.splitlines())
     bad = 0
@@ -47,7 +47,7 @@ def payload(file: str, indent: bool) -> None:
             bad += 1
             click.echo(f"tbox: {message.topic}: {error}", err=True)
             continue
-        click.echo(_text({"topic": message.topic, "received": _time(message.t_ns), **record}, indent))
+        click.echo(as_text({"topic": message.topic, "received": _time(message.t_ns), **record}, indent))
     if bad or reader.torn:
         raise Refused(f"{bad} payloads and {reader.torn} lines cannot be read", where=file)
 
@@ -61,7 +61,8 @@ def _read(file: str) -> bytes:
         raise TboxError(f"cannot read it: {error.strerror}", where=file) from error
 
 
-def _text(record: dict[str, Any], indent: bool) -> str:
+def as_text(record: dict[str, Any], indent: bool) -> str:
+    """Return a decoded payload as JSON for people, with its start, counter and time spelled out."""
     number, quality = record["id"], record["q"]
     readable = {
         **record,

@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tbox.cli.main import main
+from tbox.cli.payload import as_text
 from tbox.cli.verify import parse_broker
 from tbox.model import Record
 from tbox.record.capture import Received, to_line
+from tbox.record.codec import PayloadError, decode_payload
 from tbox.sim.broker import MosquittoBroker
 from tests.io.uplink_bench import VEHICLE, an_uplink, needs_mosquitto, settings_for, wait_for
 from tests.memory_spool import MemorySpool, a_start, minter
@@ -188,3 +193,23 @@ def test_what_is_no_payload_exits_2_with_one_line(raw: bytes, tmp_path: Path, tb
     path.write_bytes(raw)
     outcome = tbox("payload", str(path))
     assert outcome.code == 2 and len(outcome.err.splitlines()) == 1 and "bad" in outcome.err
+
+
+BODIES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5) | st.integers(0, 99) | st.binary(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.text(max_size=5), BODIES, max_size=3), st.none() | st.integers(-(2**63), 2**63 - 1))
+def test_whatever_a_payload_holds_is_printed_as_strict_json(body: dict[str, Any], wall: int | None) -> None:
+    record = {"v": 1, "id": 1, "kind": "event", "level": 1, "mono": 0, "wall": wall, "q": 7, "body": body}
+    try:
+        decoded = decode_payload(msgspec.msgpack.encode(record), expand=True)
+    except PayloadError:
+        return
+    json.loads(as_text(decoded, indent=False), parse_constant=pytest.fail)
