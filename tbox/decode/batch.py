@@ -80,7 +80,7 @@ class Decoder:
         if len(frames) <= FEW_FRAMES:
             return self._decode_few(channel, frames)
         table = self.table
-        words = _words(frames)
+        words = words_of(frames)
         lengths = frames["len"]
         plan = self._plans(channel, frames["id"], lengths, words)
         needs = int(np.bitwise_or.reduce(self._needs.take(plan)))
@@ -99,7 +99,7 @@ class Decoder:
 
     def raw(self, frames: npt.NDArray[np.void], frame: IntArray, row: IntArray) -> IntArray:
         """Return raw values by (index into frames, table row)."""
-        return self._raw(_words(np.ascontiguousarray(frames)), frame, row, NEEDS_ALL)
+        return self._raw(words_of(np.ascontiguousarray(frames)), frame, row, NEEDS_ALL)
 
     def _plans(
         self, channel: int, ids: IntArray, lengths: npt.NDArray[np.uint8], words: npt.NDArray[np.uint64]
@@ -110,7 +110,7 @@ class Decoder:
         place = keys.searchsorted(ids)
         plan = roots.take(place)
         plan *= keys.take(place) == ids  # else UNKNOWN_PLAN, which is 0
-        open_ = np.flatnonzero(table.selector_row.take(plan) >= 0)
+        open_ = where_(table.selector_row.take(plan) >= 0)
         while len(open_):
             at = plan.take(open_)
             row = table.selector_row.take(at)
@@ -136,7 +136,7 @@ class Decoder:
         dense = len(row) * WORD_BYTES > len(words)
         word: npt.NDArray[np.uint64] = words.take(place) if dense else words[place]
         if needs & NEEDS_SWAP:
-            big = np.flatnonzero(table.big.take(row))
+            big = where_(table.big.take(row))
             word[big] = word[big].byteswap()
         word >>= table.shift.take(row)
         word &= table.mask.take(row)
@@ -163,7 +163,7 @@ class Decoder:
     # --- few frames: no flat layout, the rows of a plan lie side by side already ------------------------
 
     def _decode_few(self, channel: int, frames: npt.NDArray[np.void]) -> Decoded:
-        words = _words(frames)
+        words = words_of(frames)
         lengths = frames["len"].tolist()
         roots = self._root_of.get(channel, {})
         plans: list[int] = []
@@ -230,7 +230,7 @@ class Decoder:
     ) -> list[Fallback]:
         """Let cantools decode what only it can; a frame it refuses gets the malformed plan."""
         done: list[Fallback] = []
-        for index in np.flatnonzero(self.table.fallback.take(plan)).tolist():
+        for index in where_(self.table.fallback.take(plan)).tolist():
             info = self.table.plan_info[plan[index]]
             payload = frames["data"][index, : frames["len"][index]].tobytes()
             one = decode_by_cantools(self.table.definitions[info.definition].message, index, payload)
@@ -248,10 +248,16 @@ def decode_by_cantools(message: Any, frame: int, payload: bytes, *, choices: boo
         return Fallback(frame, {}, " ".join(str(error).split()) or type(error).__name__)
 
 
-def _words(frames: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
-    """View the frames' memory as little-endian 64-bit words that start at every byte."""
-    count = max(0, frames.nbytes - WORD_BYTES + 1)
-    return np.ndarray((count,), "<u8", buffer=frames.data, strides=(1,))
+def where_(condition: npt.NDArray[np.bool_]) -> IntArray:
+    """Return where a one-dimensional array is true, at a third of the cost of np.flatnonzero."""
+    found: IntArray = condition.nonzero()[0]
+    return found
+
+
+def words_of(block: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """View a block's memory as little-endian 64-bit words that start at every byte."""
+    flat = block.reshape(-1).view(np.uint8)  # a buffer of structs is slow to describe
+    return np.ndarray((max(0, len(flat) - WORD_BYTES + 1),), "<u8", buffer=flat, strides=(1,))
 
 
 def _joined(parts: list[IntArray]) -> IntArray:
@@ -266,7 +272,7 @@ def _put_kinds(value: npt.NDArray[np.float64], raw: IntArray, kind: npt.NDArray[
         (KIND_F64, np.uint64, np.float64),
         (KIND_U64, np.uint64, np.uint64),
     ):
-        at = np.flatnonzero(kind == code)
+        at = where_(kind == code)
         if len(at):
             with np.errstate(invalid="ignore"):  # signalling NaNs
                 value[at] = raw[at].astype(bits).view(meaning)
@@ -300,7 +306,7 @@ def _lean(table: SignalTable, plan: int, needs: int) -> _Lean:
         shift=table.shift[row],
         mask=table.mask[row],
         half=table.half[row] if needs & NEEDS_SIGN else None,
-        big=np.flatnonzero(table.big[row]) if needs & NEEDS_SWAP else None,
+        big=where_(table.big[row]) if needs & NEEDS_SWAP else None,
         scale=table.scale[row],
         add=table.add[row],
         bytes=int(table.length[plan]),

@@ -105,11 +105,12 @@ class CrcTable:
             zeros = bytes(len(covered))
             self._constant[n] = crc_of(one.model, one.before + zeros + one.after)
         self._table = np.concatenate(blocks).ravel()
-        self._bytes = max((i.payload_bytes for i in inputs), default=0)
+        self._width = max((i.payload_bytes for i in inputs), default=0)
+        self._base = np.ascontiguousarray(self._base[:, : self._width])
 
     def crcs(self, message: npt.NDArray[np.int64], payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
         """Return the CRC of each payload (n, 64), given which of the messages it is (n,)."""
-        width = self._bytes
-        place = self._base[message, :width] + payload[:, :width]
+        place = self._base.take(message, axis=0)
+        place += payload[:, : self._width]
         crcs: npt.NDArray[np.uint16] = np.bitwise_xor.reduce(self._table.take(place), axis=1)
         return crcs ^ self._constant.take(message)

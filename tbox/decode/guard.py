@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tbox.decode.batch import Decoded, Decoder
+from tbox.decode.batch import Decoded, Decoder, where_, words_of
 from tbox.decode.crc import (
     E2E_P1,
     E2E_P1_COUNTER_VALUES,
@@ -41,7 +41,7 @@ class _Protection:
 class FrameGuard:
     """Counters and CRCs of all protected messages, and the state they take.
 
-    lost: frames that must have been lost, by message name. bad_crc, stuck, duplicate: frames.
+    lost: how many frames must have been lost, by message name.
     """
 
     def __init__(self, decoder: Decoder, roles: RoleMap, gap_ms: int) -> None:
@@ -52,9 +52,6 @@ class FrameGuard:
         self._gap_ns = gap_ms * NS_PER_MS
         self._names = [table.definitions[p.definition].message.name for p in protections]
         self._of_plan = _plan_index(table, [p.definition for p in protections])
-        self._length = np.array(
-            [table.definitions[p.definition].message.length for p in protections], np.uint8
-        )
         self._fields = _FieldReader([p.crc_signal for p in protections], table, protections)
         self._counters = _FieldReader([p.counter_signal for p in protections], table, protections)
         self._crc_table = CrcTable([p.crc_input or _NO_CRC for p in protections])
@@ -69,19 +66,18 @@ class FrameGuard:
     def judge(self, batch: FrameBatch, decoded: Decoded) -> npt.NDArray[np.uint8] | None:
         """Return the validity of each frame (0: nothing against it); None when no frame is protected."""
         message = self._of_plan.take(decoded.plan)
-        at = np.flatnonzero(message >= 0)
+        at = where_(message >= 0)
         if not len(at):
             return None
         message = message[at]
         payload = batch.frames["data"][at]
         code = np.zeros(len(at), np.uint8)
-        length = np.minimum(batch.frames["len"][at], 64)
-        whole = length >= self._length.take(message)
+        whole = ~decoded.short[at]
         self._check_crc(message, payload, whole, code)
         counter = self._counters.read(message, payload).view(np.int64)
         counted = self._has_counter.take(message) & whole & (code == 0)
         code[counted & (counter >= self._modulo.take(message))] = Validity.COUNTER
-        good = np.flatnonzero(counted & (code == 0))
+        good = where_(counted & (code == 0))
         if len(good):
             code[good] = self._check_counter(
                 message[good], counter[good], payload[good], batch.t_ns[at[good]]
@@ -106,33 +102,57 @@ class FrameGuard:
         self, message: IntArray, counter: IntArray, payload: npt.NDArray[np.uint8], t_ns: IntArray
     ) -> npt.NDArray[np.uint8]:
         """Compare each counter with the one before it in its message, in this batch or an earlier one."""
-        order = np.argsort(message, kind="stable")
-        message, counter, payload, t_ns = message[order], counter[order], payload[order], t_ns[order]
-        first = np.r_[True, message[1:] != message[:-1]]
-        before = np.where(first, self._last.take(message), np.r_[0, counter[:-1]])
-        before_ns = np.where(first, self._last_ns.take(message), np.r_[0, t_ns[:-1]])
-        same = np.empty(len(message), np.bool_)
-        same[1:] = (payload[1:] == payload[:-1]).all(axis=1)
-        same[first] = (payload[first] == self._last_payload[message[first]]).all(axis=1)
-        modulo = self._modulo.take(message)
-        fresh = (before_ns == NEVER_NS) | (t_ns - before_ns > self._gap_ns)
-        step = (counter - before) % modulo
+        order = message.argsort(kind="stable")
+        message, counter, t_ns = message[order], counter[order], t_ns[order]
+        first = _starts(message)
+        last = np.empty_like(first)
+        last[:-1], last[-1] = first[1:], True
+        before, before_ns = self._last.take(message), self._last_ns.take(message)
+        inner = where_(~first)
+        before[inner], before_ns[inner] = counter[inner - 1], t_ns[inner - 1]
+        fresh = (t_ns - before_ns > self._gap_ns) | (before_ns == NEVER_NS)
+        step = (counter - before) % self._modulo.take(message)
         code = np.zeros(len(message), np.uint8)
-        code[(step == 0) & ~fresh] = Validity.COUNTER
-        code[(step == 0) & ~fresh & same] = Validity.DUPLICATE
-        self._count_lost(message, np.where(fresh | (code != 0), 0, step - 1))
-        last = np.r_[first[1:], True]
-        self._last[message[last]] = counter[last]
-        self._last_ns[message[last]] = t_ns[last]
-        self._last_payload[message[last]] = payload[last]
+        stuck = where_((step == 0) & ~fresh)
+        if len(stuck):
+            same = self._same_payload(stuck, message, payload, order, first)
+            code[stuck] = np.where(same, Validity.DUPLICATE, Validity.COUNTER)
+        jumped = where_((step > 1) & ~fresh)
+        for n in jumped.tolist():
+            self._lose(int(message[n]), int(step[n]) - 1)
+        ends = message[last]
+        self._last[ends], self._last_ns[ends] = counter[last], t_ns[last]
+        self._last_payload[ends] = payload[order[last]]
         unsorted = np.empty_like(code)
         unsorted[order] = code
         return unsorted
 
-    def _count_lost(self, message: IntArray, lost: IntArray) -> None:
-        for n in np.flatnonzero(lost > 0).tolist():
-            name = self._names[message[n]]
-            self.lost[name] = self.lost.get(name, 0) + int(lost[n])
+    def _same_payload(
+        self,
+        stuck: IntArray,
+        message: IntArray,
+        payload: npt.NDArray[np.uint8],
+        order: IntArray,
+        first: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.bool_]:
+        """Whether each of the frames (places in the sorted order) repeats the payload before it."""
+        before = payload[order[stuck - 1]]
+        head = first[stuck]
+        before[head] = self._last_payload[message[stuck[head]]]
+        same: npt.NDArray[np.bool_] = (payload[order[stuck]] == before).all(axis=1)
+        return same
+
+    def _lose(self, message: int, frames: int) -> None:
+        name = self._names[message]
+        self.lost[name] = self.lost.get(name, 0) + frames
+
+
+def _starts(values: IntArray) -> npt.NDArray[np.bool_]:
+    """Return where a sorted array begins a new value."""
+    starts = np.empty(len(values), np.bool_)
+    starts[0] = True
+    np.not_equal(values[1:], values[:-1], out=starts[1:])
+    return starts
 
 
 _NO_CRC = CrcInput(CrcModel(8, 0, 0, 0), b"", 0, range(0), b"")
@@ -152,15 +172,13 @@ class _FieldReader:
         self._shift = np.array([b.shift if b else 0 for b in bits], np.uint64)
         self._mask = np.array([b.mask if b else 0 for b in bits], np.uint64)
         self._big = np.array([bool(b and b.big) for b in bits], np.bool_)
+        self._any_big = bool(self._big.any())
 
     def read(self, message: IntArray, payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-        flat = np.ascontiguousarray(payload)
-        words: npt.NDArray[np.uint64] = np.ndarray(
-            (max(0, flat.size - 7),), "<u8", buffer=flat.data, strides=(1,)
-        )
-        word = words[np.arange(len(message)) * 64 + self._byte.take(message)]
-        big = np.flatnonzero(self._big.take(message))
-        word[big] = word[big].byteswap()
+        word = words_of(payload)[np.arange(len(message)) * 64 + self._byte.take(message)]
+        if self._any_big:
+            big = where_(self._big.take(message))
+            word[big] = word[big].byteswap()
         field: npt.NDArray[np.uint64] = (word >> self._shift.take(message)) & self._mask.take(message)
         return field
 

@@ -68,8 +68,11 @@ class DecodeStage:
         return samples
 
     def _count(self, validity: npt.NDArray[np.uint8]) -> None:
-        counts = np.bincount(validity, minlength=len(Validity)).tolist()
         self._samples.into += len(validity)
+        if not validity.any():
+            self._samples.out += len(validity)
+            return
+        counts = np.bincount(validity, minlength=len(Validity)).tolist()
         self._samples.out += counts[Validity.VALID]
         for code, cause in CAUSES.items():
             self._samples.drop(cause, counts[code])

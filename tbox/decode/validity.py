@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tbox.decode.batch import Decoded, Decoder
+from tbox.decode.batch import Decoded, Decoder, where_
 from tbox.decode.database import DecodeSettings
 from tbox.decode.guard import NEVER_NS, FrameGuard
 from tbox.decode.roles import Binding, MappingError, RoleMap
@@ -102,14 +102,14 @@ class _LimitTable:
     def judge(self, decoded: Decoded) -> Codes:
         row, raw = decoded.row, decoded.raw
         code = np.zeros(len(row), np.uint8)
-        outside = np.flatnonzero((raw - self._low.take(row)).view(np.uint64) > self._span.take(row))
+        outside = where_((raw - self._low.take(row)).view(np.uint64) > self._span.take(row))
         if len(outside):
             code[outside] = np.where(self._is_sna(row[outside], raw[outside]), Validity.SNA, Validity.RANGE)
         if self._any_inside:
-            at = np.flatnonzero(self._inside.take(row))
+            at = where_(self._inside.take(row))
             code[at[self._is_sna(row[at], raw[at])]] = Validity.SNA
         if self._any_by_value:
-            at = np.flatnonzero(self._by_value.take(row))
+            at = where_(self._by_value.take(row))
             value, its_row = decoded.value[at], row[at]
             wrong = ~((value >= self._low_value.take(its_row)) & (value <= self._high_value.take(its_row)))
             wrong &= code[at] == 0
@@ -177,7 +177,7 @@ class _FlagTable:
         if not self._any:
             return
         flag = self._flag.take(decoded.row)
-        at = np.flatnonzero(flag >= 0)
+        at = where_(flag >= 0)
         if not len(at):
             return
         frame, flag = decoded.frame[at], flag[at]
@@ -209,7 +209,7 @@ class _CodeTable:
         value = decoded.value
         if not self._map:
             return value
-        for n in np.flatnonzero(self._mapped.take(decoded.row)).tolist():
+        for n in where_(self._mapped.take(decoded.row)).tolist():
             known = self._map[int(decoded.row[n])].get(int(decoded.raw[n]))
             if known is None:
                 code[n] = Validity.SNA
@@ -226,7 +226,7 @@ class _MuxCycles:
 
     def __init__(self, table: SignalTable, catalog: Sequence[Signal], settings: DecodeSettings) -> None:
         self._of_plan = np.full(len(table.plan_info), -1, np.int64)
-        paged = {table.plan_info[p].definition for p in np.flatnonzero(table.selector_row >= 0).tolist()}
+        paged = {table.plan_info[p].definition for p in where_(table.selector_row >= 0).tolist()}
         for plan, info in enumerate(table.plan_info):
             bound = any(
                 catalog[table.column[row]].role and table.row_info[row].signal.multiplexer_ids is not None
@@ -254,7 +254,7 @@ class _MuxCycles:
         message = self._of_plan.take(decoded.plan)
         early = np.zeros(len(message), np.bool_)
         for definition in np.unique(message[message >= 0]).tolist():
-            frames = np.flatnonzero(message == definition)
+            frames = where_(message == definition)
             self._follow(definition, frames, batch, decoded, of_frame, early)
         if early.any():
             bound = self._role.take(column)
@@ -304,6 +304,7 @@ class _Spikes:
         )
         self._watched = self._step > 0
         self._half_step = self._step / 2
+        self._judged = np.isin(np.arange(len(Validity)), [Validity.VALID, Validity.MUX])
         self._believed = np.full(len(catalog), np.nan)
         self._before = np.full(len(catalog), np.nan)
         self._last_ns = np.full(len(catalog), NEVER_NS, np.int64)
@@ -316,7 +317,7 @@ class _Spikes:
         value: npt.NDArray[np.float64],
         code: Codes,
     ) -> None:
-        at = np.flatnonzero(self._watched.take(column) & ((code == 0) | (code == Validity.MUX)))
+        at = where_(self._watched.take(column) & self._judged.take(code))
         if not len(at):
             return
         column, v = column[at], value[at]
