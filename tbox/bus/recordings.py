@@ -29,6 +29,7 @@ from tbox.model import CAN_EFF_FLAG, CAN_EFF_MASK, CAN_ERR_FLAG, CAN_RTR_FLAG, N
 
 DAMAGED_KEPT_MAX = 1000  # line numbers kept; all are counted
 LINE_BYTES_MAX = 4096  # the longest honest line is an FD frame in ASC, about 400
+TIME_S_MAX = 4e9  # Unix time of the year 2096; any difference of two times still fits 64-bit ns
 LINES_TO_RECOGNISE = 400
 GVRET_FRAMES_TO_JUDGE = 4096
 GZIP_MAGIC = b"\x1f\x8b"
@@ -111,6 +112,9 @@ class Recording:
         else:
             frames = self._text(TEXT_DIALECTS[self.dialect]())
         for line, frame in frames:
+            if frame.stamp is not None and not abs(frame.stamp) < TIME_S_MAX:
+                self._damage(line, "time out of range")
+                continue
             channel = self._channel(frame.channel)
             self._frames[channel] += 1
             yield LoggedFrame(

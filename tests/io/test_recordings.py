@@ -361,6 +361,12 @@ def test_damaged_lines_are_counted_with_their_numbers_and_the_rest_is_read(
     assert sum(recording.damaged_count.values()) == 8
 
 
+def test_a_time_that_no_clock_shows_is_damage(log: Callable[..., Recording]) -> None:
+    recording = log("(1.0) can0 123#01\n(99999999999.0) can0 123#02\n(-5e9) can0 123#03\n(2.0) can0 123#04\n")
+    assert sum(len(batch) for batch in recording_batches(recording, None, 0)) == 2
+    assert recording.damaged == [(2, "time out of range"), (3, "time out of range")]
+
+
 def test_the_list_of_damage_is_bounded_and_the_count_is_not(log: Callable[..., Recording]) -> None:
     recording = log("can0 1#\n" * 3000 + "can0 123#01\n", dialect="candump")
     assert len(list(recording)) == 1
@@ -428,6 +434,7 @@ def test_no_file_makes_a_reader_raise(tmp_path: Path, dialect: str, data: st.Dat
     for one in recording:
         assert len(one.data) <= (64 if one.fd else 8)
         assert one.t_s is None or one.t_s == one.t_s
+    assert sum(len(batch) for batch in recording_batches(recording, None, 0)) <= len(list(recording))
 
 
 def blf_bytes() -> bytes:
