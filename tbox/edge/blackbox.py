@@ -312,18 +312,16 @@ class BlackBox:
         for _ in range(min(chunks_max, len(self._closed) if capture.left is None else capture.left)):
             chunk = self._closed.popleft()
             self._bytes -= chunk.bytes
-            drafts += self._seal_chunk(capture, chunk, over)
+            drafts += self._seal_chunk(capture, chunk)
             if capture.left:
                 capture.left -= 1
         if capture.left == 0:
             drafts.append(self._end(capture))
         return drafts
 
-    def _seal_chunk(self, capture: _Capture, chunk: _Chunk, over: bool) -> list[Draft]:
+    def _seal_chunk(self, capture: _Capture, chunk: _Chunk) -> list[Draft]:
         """Return the parts of a chunk's frames inside the window; those after it go back to the ring."""
         early, late = chunk.t_ns < capture.from_ns, chunk.t_ns > capture.until_ns
-        if not over:
-            late = np.zeros_like(late)  # the window may yet grow
         aged = int(np.count_nonzero(early))
         inside, rest = chunk.only(~(late | early)), chunk.only(late)
         if rest.n:

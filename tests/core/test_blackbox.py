@@ -96,6 +96,16 @@ def test_an_alarm_seals_thirty_seconds_before_and_after_each_frame_once() -> Non
     assert all(draft.kind == "capture" and draft.level is Level.INFO for draft in box.drafts)
 
 
+def test_nothing_after_the_window_is_sealed_while_its_last_frames_are_awaited() -> None:
+    box = Box(step_ms=50)
+    box.run(35)
+    box.trigger()
+    box.run(0.35)
+    box.run(30.5)
+    (end,) = bodies(box.drafts, "end")
+    assert max(captured_ms(box.drafts)) * NS_PER_MS == end["until_ns"]
+
+
 def test_frames_come_back_byte_for_byte() -> None:
     box = Box()
     sent = frames([1, 2, 3, 5, 8], channel=3, length=20, seed=7)
