@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 import subprocess
@@ -20,11 +21,9 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
-import logging, sys, structlog
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+import pickle, sys
 from tests.crash.ota_world import Disk, drive
-from tests.crash.test_ota_cuts import SCENARIOS, fresh
-drive(fresh(SCENARIOS[sys.argv[1]]), Disk(sys.argv[2]))
+drive(pickle.load(open(sys.argv[1] + "/world", "rb")), Disk(sys.argv[1]))
 """
 # Reading changes nothing, so a kill there is a kill before the next of these.
 CALLS = ("openat", "pwrite64", "fsync", "truncate", "rename", "unlink")
@@ -34,9 +33,19 @@ POINTS_MAX = 200
 
 def run_child(scenario: str, top: Path, *options: str) -> subprocess.CompletedProcess[str]:
     Disk(str(top)).put(SCENARIOS[scenario].start | SCENARIOS[scenario].world.staged)
-    command = ["strace", "-f", "-y", "-e", "signal=none", "-e", f"trace={','.join(CALLS)}", *options]
+    (top / "world").write_bytes(pickle.dumps(fresh(SCENARIOS[scenario])))
+    command = [
+        "strace",
+        "-f",
+        "-y",
+        "-e",
+        "signal=none",
+        "-e",
+        f"trace={','.join(CALLS)}",
+        *options,
+    ]
     return subprocess.run(
-        [*command, sys.executable, "-c", CHILD, scenario, str(top)],
+        [*command, sys.executable, "-c", CHILD, str(top)],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
 
