@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,6 +103,30 @@ def tls_context(ca: str = "", cert: str = "", key: str = "") -> ssl.SSLContext:
     return context
 
 
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What the files of the configuration hold; never logged."""
+
+    tls: ssl.SSLContext | None
+    password: str = field(repr=False)
+
+
+def credentials(settings: UplinkSettings) -> Credentials:
+    """Read certificates and password. Raises UplinkError naming the file."""
+    tls = tls_context(settings.tls_ca, settings.tls_cert, settings.tls_key) if settings.tls else None
+    return Credentials(tls, _password(settings))
+
+
+def _password(settings: UplinkSettings) -> str:
+    """Read the password from its file. Raises UplinkError."""
+    if not settings.password_file:
+        return ""
+    try:
+        return Path(settings.password_file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UplinkError(f"cannot read the password: {error}", where=settings.password_file) from error
+
+
 class _TellingSocket(ssl.SSLSocket):
     """Remembers why TLS failed: paho turns every read error into 'connection lost'.
 
@@ -183,7 +207,7 @@ class _Link:
         settings: UplinkSettings,
         vehicle: str,
         will: bytes,
-        tls: ssl.SSLContext | None,
+        access: Credentials,
         report: Callable[[_Report], None],
     ) -> None:
         self.number = number
@@ -197,7 +221,7 @@ class _Link:
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
-        self._client = self._make_client(vehicle, will, tls)
+        self._client = self._make_client(vehicle, will, access)
         self.thread = threading.Thread(target=self._run, name="uplink-net", daemon=True)
         self.thread.start()
 
@@ -224,7 +248,7 @@ class _Link:
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake_in.send(b"\0")
 
-    def _make_client(self, vehicle: str, will: bytes, tls: ssl.SSLContext | None) -> paho.Client:
+    def _make_client(self, vehicle: str, will: bytes, access: Credentials) -> paho.Client:
         settings = self._settings
         five = settings.mqtt == "5"
         client = paho.Client(
@@ -241,9 +265,9 @@ class _Link:
         client.connect_timeout = settings.session.connect_deadline_ms / 1000
         client.will_set(f"{TOPIC_ROOT}/{vehicle}/state", will, qos=1, retain=True)
         if settings.username:
-            client.username_pw_set(settings.username, read_password(settings))
-        if tls is not None:
-            client.tls_set_context(tls)
+            client.username_pw_set(settings.username, access.password)
+        if access.tls is not None:
+            client.tls_set_context(access.tls)
         client.on_connect = self._on_connect
         client.on_publish = self._on_publish
         client.on_disconnect = self._on_disconnect
@@ -347,16 +371,6 @@ class _Link:
         self._denied = code.value in DENIED_CODES
 
 
-def read_password(settings: UplinkSettings) -> str:
-    """Read the password from its file. Raises UplinkError."""
-    if not settings.password_file:
-        return ""
-    try:
-        return Path(settings.password_file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UplinkError(f"cannot read the password: {error}", where=settings.password_file) from error
-
-
 # --- the pump -----------------------------------------------------------------------------------------
 
 
@@ -382,10 +396,7 @@ class MqttUplink:
         self._vehicle = vehicle
         self._start_number = start
         self._last_id = last_id
-        self._tls = (
-            tls_context(settings.tls_ca, settings.tls_cert, settings.tls_key) if settings.tls else None
-        )
-        read_password(settings)  # a password file that cannot be read is a mistake of the start-up
+        credentials(settings)  # a file that cannot be read is a mistake of the start-up
         self._session = Session(settings.session, port, jitter)
         self._reports: SimpleQueue[_Report] = SimpleQueue()
         self._link: _Link | None = None
@@ -518,8 +529,13 @@ class MqttUplink:
         if len(self._links) >= LINKS_ALIVE_MAX:
             self._reports.put(_Ended(number, "earlier connection attempts still hang (name look-up?)", False))
             return
+        try:
+            access = credentials(self._settings)  # anew for each link: certificates are renewed
+        except UplinkError as error:
+            self._reports.put(_Ended(number, str(error), True))
+            return
         will = self._state_message("lost", None)
-        self._link = _Link(number, self._settings, self._vehicle, will, self._tls, self._reports.put)
+        self._link = _Link(number, self._settings, self._vehicle, will, access, self._reports.put)
         self._links.append(self._link)
 
     def _close(self, number: int, *, politely: bool) -> None:

@@ -20,7 +20,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
-from tbox.uplink.mqtt import DENIED_CODES, TOPIC_ROOT, UplinkError, read_password, tls_context, tls_refusal
+from tbox.uplink.mqtt import DENIED_CODES, TOPIC_ROOT, UplinkError, credentials, tls_refusal
 from tbox.uplink.session import UplinkSettings
 
 RECONNECT_S_MIN = 1
@@ -49,9 +49,7 @@ class Receiver:
         self._client_id = settings.client_id or f"tbox-receiver-{secrets.token_hex(6)}"
         self._subscribed = threading.Event()
         self._denied = threading.Event()
-        self._tls = (
-            tls_context(settings.tls_ca, settings.tls_cert, settings.tls_key) if settings.tls else None
-        )
+        self._access = credentials(settings)
         self._client = self._make_client(clean=False)
 
     def start(self, deadline_s: float = CONNECT_DEADLINE_S) -> Self:
@@ -103,9 +101,9 @@ class Receiver:
         client.reconnect_delay_set(RECONNECT_S_MIN, RECONNECT_S_MAX)
         client.connect_timeout = CONNECT_DEADLINE_S
         if self._settings.username:
-            client.username_pw_set(self._settings.username, read_password(self._settings))
-        if self._tls is not None:
-            client.tls_set_context(self._tls)
+            client.username_pw_set(self._settings.username, self._access.password)
+        if self._access.tls is not None:
+            client.tls_set_context(self._access.tls)
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_subscribe = self._on_subscribe

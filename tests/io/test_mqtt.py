@@ -310,6 +310,20 @@ def test_a_nudge_ends_a_long_wait_at_once(tmp_path: Path) -> None:
         uplink.stop(5.0)
 
 
+def test_a_password_file_that_vanishes_stops_the_link_and_not_the_daemon(tmp_path: Path) -> None:
+    word = tmp_path / "word"
+    word.write_text("secret")
+    with MosquittoBroker(str(tmp_path / "broker")).start() as broker:
+        port = broker.port
+        uplink = an_uplink(settings_for(port, username="car", password_file=str(word)), MemorySpool())
+        uplink.start()
+        wait_for("online", lambda: uplink.status()["state"] == "online")
+        word.unlink()
+    wait_for("refused", lambda: uplink.status()["state"] == "refused")
+    assert str(word) in uplink.status()["why"] and uplink.alive
+    uplink.stop(1.0)
+
+
 def test_a_certificate_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UplinkError, match=r"missing\.pem"):
         tls_context(ca=str(tmp_path / "missing.pem"))
