@@ -133,6 +133,9 @@ class OtaThread:
             except Refused as refused:
                 answer.set_exception(refused)
                 return
+            except OSError as error:
+                answer.set_exception(Refused(f"boot control cannot be written: {error}"))
+                raise
             answer.set_result(None)
 
     def _idle(self) -> None:
