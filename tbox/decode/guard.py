@@ -15,6 +15,7 @@ from tbox.decode.crc import (
     E2E_P1_COUNTER_VALUES,
     E2E_P5,
     E2E_P5_COUNTER_VALUES,
+    PAYLOAD_BYTES_MAX,
     CrcInput,
     CrcModel,
     CrcTable,
@@ -52,15 +53,14 @@ class FrameGuard:
         self._gap_ns = gap_ms * NS_PER_MS
         self._names = [table.definitions[p.definition].message.name for p in protections]
         self._of_plan = _plan_index(table, [p.definition for p in protections])
-        self._fields = _FieldReader([p.crc_signal for p in protections], table, protections)
-        self._counters = _FieldReader([p.counter_signal for p in protections], table, protections)
+        self._fields = _FieldReader(table, protections)
         self._crc_table = CrcTable([p.crc_input or _NO_CRC for p in protections])
         self._has_crc = np.array([p.crc_input is not None for p in protections], np.bool_)
         self._has_counter = np.array([p.counter_signal is not None for p in protections], np.bool_)
         self._modulo = np.array([max(1, p.modulo) for p in protections], np.int64)
         self._last = np.zeros(len(protections), np.int64)
         self._last_ns = np.full(len(protections), NEVER_NS, np.int64)
-        self._last_payload = np.zeros((len(protections), 64), np.uint8)
+        self._last_payload = np.zeros((len(protections), PAYLOAD_BYTES_MAX), np.uint8)
         self.lost: dict[str, int] = {}
 
     def judge(self, batch: FrameBatch, decoded: Decoded) -> npt.NDArray[np.uint8] | None:
@@ -73,8 +73,8 @@ class FrameGuard:
         payload = batch.frames["data"][at]
         code = np.zeros(len(at), np.uint8)
         whole = ~decoded.short[at]
-        self._check_crc(message, payload, whole, code)
-        counter = self._counters.read(message, payload).view(np.int64)
+        crc, counter = self._fields.read(message, payload)
+        self._check_crc(message, payload, crc, whole, code)
         counted = self._has_counter.take(message) & whole & (code == 0)
         code[counted & (counter >= self._modulo.take(message))] = Validity.COUNTER
         good = where_(counted & (code == 0))
@@ -90,12 +90,13 @@ class FrameGuard:
         self,
         message: IntArray,
         payload: npt.NDArray[np.uint8],
+        crc: IntArray,
         whole: npt.NDArray[np.bool_],
         code: npt.NDArray[np.uint8],
     ) -> None:
         """A frame that is cut short cannot be proved: that is a wrong CRC too."""
         checked = self._has_crc.take(message)
-        wrong = self._crc_table.crcs(message, payload) != self._fields.read(message, payload)
+        wrong = self._crc_table.crcs(message, payload) != crc
         code[checked & (wrong | ~whole)] = Validity.CRC
 
     def _check_counter(
@@ -159,28 +160,33 @@ _NO_CRC = CrcInput(CrcModel(8, 0, 0, 0), b"", 0, range(0), b"")
 
 
 class _FieldReader:
-    """Reads one unsigned field of each protected message from its payload."""
+    """Reads CRC and counter of protected messages from their payloads."""
 
-    def __init__(
-        self, signals: Sequence[Any], table: SignalTable, protections: Sequence[_Protection]
-    ) -> None:
-        bits = [
+    def __init__(self, table: SignalTable, protections: Sequence[_Protection]) -> None:
+        signals = [(p, p.crc_signal) for p in protections] + [(p, p.counter_signal) for p in protections]
+        places = [
             locate(signal, table.definitions[p.definition].message.length) if signal is not None else None
-            for signal, p in zip(signals, protections, strict=True)
+            for p, signal in signals
         ]
-        self._byte = np.array([b.byte if b else 0 for b in bits], np.int64)
-        self._shift = np.array([b.shift if b else 0 for b in bits], np.uint64)
-        self._mask = np.array([b.mask if b else 0 for b in bits], np.uint64)
-        self._big = np.array([bool(b and b.big) for b in bits], np.bool_)
+        self._messages = len(protections)
+        self._byte = np.array([b.byte if b else 0 for b in places], np.int64)
+        self._shift = np.array([b.shift if b else 0 for b in places], np.uint64)
+        self._mask = np.array([b.mask if b else 0 for b in places], np.uint64)
+        self._big = np.array([bool(b and b.big) for b in places], np.bool_)
         self._any_big = bool(self._big.any())
 
-    def read(self, message: IntArray, payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-        word = words_of(payload)[np.arange(len(message)) * 64 + self._byte.take(message)]
+    def read(self, message: IntArray, payload: npt.NDArray[np.uint8]) -> tuple[IntArray, IntArray]:
+        """Return the CRC and the counter of each payload; 0 where a message has none."""
+        field = np.concatenate((message, message + self._messages))
+        frame = np.arange(len(message)) * PAYLOAD_BYTES_MAX
+        word = words_of(payload)[np.concatenate((frame, frame)) + self._byte.take(field)]
         if self._any_big:
-            big = where_(self._big.take(message))
+            big = where_(self._big.take(field))
             word[big] = word[big].byteswap()
-        field: npt.NDArray[np.uint64] = (word >> self._shift.take(message)) & self._mask.take(message)
-        return field
+        word >>= self._shift.take(field)
+        word &= self._mask.take(field)
+        found: IntArray = word.view(np.int64)
+        return found[: len(message)], found[len(message) :]
 
 
 def _plan_index(table: SignalTable, definitions: list[int]) -> IntArray:

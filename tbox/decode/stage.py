@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tbox.decode.batch import Decoded, Decoder
 from tbox.decode.database import Database, DecodeSettings, Definition
 from tbox.decode.roles import Binding, RoleMap
-from tbox.decode.table import MALFORMED_PLAN, UNKNOWN_PLAN, IntArray, SignalTable, compile_table
+from tbox.decode.table import MALFORMED_PLAN, IntArray, SignalTable, compile_table
 from tbox.decode.validity import Judge
 from tbox.ledger import Ledger
 from tbox.model import ROLE_UNITS, FrameBatch, Now, SampleBatch, Signal, Validity
@@ -52,8 +52,8 @@ class DecodeStage:
         decoded = self._decoder.decode(batch.channel, batch.frames)
         if decoded.fallback:
             decoded = self._merge(batch, decoded)
-        unknown = int(np.count_nonzero(decoded.plan == UNKNOWN_PLAN))
-        malformed = int(np.count_nonzero(decoded.plan == MALFORMED_PLAN))
+        unknown = n - int(np.count_nonzero(decoded.plan))
+        malformed = n - unknown - int(np.count_nonzero(decoded.plan > MALFORMED_PLAN))
         self._frames.into += n
         self._frames.out += n - unknown - malformed
         self._frames.drop("unknown", unknown)

@@ -62,7 +62,7 @@ class Judge:
         self._flags = _FlagTable(decoder, bindings)
         self._codes = _CodeTable(table, bindings)
         self._cycles = _MuxCycles(table, catalog, settings) if settings.mux_cycle else None
-        self._spikes = _Spikes(catalog, bindings) if settings.glitch else None
+        self._spikes = _Spikes(table, catalog, bindings) if settings.glitch else None
 
     def judge(
         self, batch: FrameBatch, decoded: Decoded, column: npt.NDArray[np.int32]
@@ -290,12 +290,13 @@ class _MuxCycles:
 
 
 class _Spikes:
-    """Single-sample spikes: far from the last believed sample and from the one just before.
+    """Single-sample spikes: far from the last believed sample, and from the one refused just before.
 
-    A real step is believed with its second sample.
+    A real step is believed with its second sample. What a plan has not brought for GLITCH_MEMORY_NS is
+    believed as it comes.
     """
 
-    def __init__(self, catalog: Sequence[Signal], bindings: Sequence[Binding]) -> None:
+    def __init__(self, table: SignalTable, catalog: Sequence[Signal], bindings: Sequence[Binding]) -> None:
         self._step = np.array(
             [
                 binding.glitch if binding.glitch is not None else GLITCH_STEPS.get(signal.role, 0.0)
@@ -304,10 +305,9 @@ class _Spikes:
         )
         self._watched = self._step > 0
         self._half_step = self._step / 2
-        self._judged = np.isin(np.arange(len(Validity)), [Validity.VALID, Validity.MUX])
         self._believed = np.full(len(catalog), np.nan)
-        self._before = np.full(len(catalog), np.nan)
-        self._last_ns = np.full(len(catalog), NEVER_NS, np.int64)
+        self._refused: dict[int, float] = {}  # column -> the sample just refused
+        self._plan_ns = np.full(len(table.plan_info), NEVER_NS, np.int64)
 
     def judge(
         self,
@@ -317,41 +317,58 @@ class _Spikes:
         value: npt.NDArray[np.float64],
         code: Codes,
     ) -> None:
-        at = where_(self._watched.take(column) & self._judged.take(code))
-        if not len(at):
-            return
-        column, v = column[at], value[at]
-        t_ns = batch.t_ns.take(decoded.frame[at])
+        watched = self._watched.take(column)
+        if code.any():
+            watched &= (code == 0) | (code == Validity.MUX)
+        at = where_(watched)
+        if len(at):
+            self._judge(batch, decoded, at, column[at], value[at], code)
+        self._plan_ns[decoded.plan] = batch.t_ns
+
+    def _judge(
+        self,
+        batch: FrameBatch,
+        decoded: Decoded,
+        at: IntArray,
+        column: npt.NDArray[np.int32],
+        v: npt.NDArray[np.float64],
+        code: Codes,
+    ) -> None:
         # All within half a step of the believed value are within a step of each other: nothing to look at.
-        doubt = ~(np.abs(v - self._believed.take(column)) <= self._half_step.take(column))  # NaN: the first
-        if doubt.any():
-            doubtful = np.isin(column, column[doubt])
-            self._one_by_one(at[doubtful], column[doubtful], v[doubtful], t_ns[doubtful], code)
-            calm = ~doubtful
-            column, v, t_ns = column[calm], v[calm], t_ns[calm]
+        calm = np.abs(v - self._believed.take(column)) <= self._half_step.take(
+            column
+        )  # not so: NaN, the first
+        if self._refused or not calm.all():
+            doubtful = np.isin(column, np.concatenate((column[~calm], [*self._refused])))
+            frame = decoded.frame[at[doubtful]]
+            before_ns = self._plan_ns.take(decoded.plan.take(frame))
+            stale = (batch.t_ns.take(frame) - before_ns > GLITCH_MEMORY_NS) & (before_ns != NEVER_NS)
+            self._one_by_one(at[doubtful], column[doubtful], v[doubtful], stale, code)
+            column, v = column[~doubtful], v[~doubtful]
         self._believed[column] = v
-        self._before[column] = v
-        self._last_ns[column] = t_ns
 
     def _one_by_one(
         self,
         at: IntArray,
         column: npt.NDArray[np.int32],
         value: npt.NDArray[np.float64],
-        t_ns: IntArray,
+        stale: npt.NDArray[np.bool_],
         code: Codes,
     ) -> None:
-        """The few columns in which something jumped, sample by sample."""
-        samples = zip(at.tolist(), column.tolist(), value.tolist(), t_ns.tolist(), strict=True)
-        for place, one, v, now_ns in samples:
-            step, believed, before = self._step[one], self._believed[one], self._before[one]
-            stale = now_ns - self._last_ns[one] > GLITCH_MEMORY_NS
-            if stale or believed != believed or abs(v - believed) <= step or abs(v - before) <= step:
+        """The few columns in which something jumped, sample by sample. stale: the one before is long ago."""
+        heard: set[int] = set()
+        samples = zip(at.tolist(), column.tolist(), value.tolist(), stale.tolist(), strict=True)
+        for place, one, v, long_ago in samples:
+            step, believed = self._step[one], self._believed[one]
+            refused = self._refused.pop(one, None)
+            near = abs(v - believed) <= step or (refused is not None and abs(v - refused) <= step)
+            if near or believed != believed or (long_ago and one not in heard):
                 self._believed[one] = v
-            elif code[place] == 0:
-                code[place] = Validity.GLITCH
-            self._before[one] = v
-            self._last_ns[one] = now_ns
+            else:
+                self._refused[one] = v
+                if code[place] == 0:
+                    code[place] = Validity.GLITCH
+            heard.add(one)
 
 
 # --- staleness ----------------------------------------------------------------------------------------
