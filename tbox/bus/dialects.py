@@ -138,7 +138,7 @@ class CandumpScreen:
         remote = "remote request" in match["rest"]
         fd = len(match["len"]) == 2  # candump writes [08] for FD and [8] for classic frames
         found = self.BYTES.match(match["rest"])
-        data = bytes.fromhex(found[1]) if found and not remote else b""
+        data = _hex(found[1]) if found and not remote else b""
         return ParsedFrame(
             channel=match["bus"],
             stamp=None if match["t"] is None else self._time(match["t"]),
