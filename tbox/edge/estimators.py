@@ -23,11 +23,11 @@ from tbox.model import NS_PER_S, Draft, Level, Now, PackSnapshot
 # Percent SOC and volts of a cell at rest, typical of large automotive cells at 25 degC. A pack whose cells
 # differ gives its own in the settings.
 OCV_V: dict[str, tuple[tuple[float, float], ...]] = {
-    "NMC": (
+    "nmc": (
         (0, 3.000), (2, 3.200), (5, 3.350), (10, 3.450), (15, 3.510), (20, 3.550), (30, 3.610), (40, 3.650),
         (50, 3.705), (60, 3.790), (70, 3.885), (80, 3.980), (90, 4.085), (100, 4.200),
     ),
-    "LFP": (
+    "lfp": (
         (0, 2.500), (2, 2.850), (5, 3.050), (10, 3.195), (15, 3.225), (20, 3.250), (30, 3.283), (40, 3.293),
         (50, 3.298), (60, 3.310), (70, 3.329), (80, 3.334), (90, 3.338), (95, 3.360), (98, 3.430),
         (100, 3.600),
@@ -65,7 +65,7 @@ Points = Annotated[float, msgspec.Meta(gt=0, le=100)]
 class EstimatorSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The pack's capacity and open-circuit curve, and how far the BMS may be off before it is told."""
 
-    chemistry: Literal["NMC", "LFP"] = "NMC"
+    chemistry: Literal["nmc", "lfp"] = "nmc"
     capacity_ah: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 110.0  # of the new pack
     ocv_percent_v: tuple[tuple[float, float], ...] = ()  # instead of the chemistry's own curve
     soc_first_sigma: Points = 10.0  # how far the BMS's SOC is believed at first

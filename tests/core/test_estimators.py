@@ -42,7 +42,7 @@ class Bench:
         self.capacity_ah = kind.capacity_ah
         self.rng = np.random.default_rng(7)
         self.gain = gain
-        self.estimators = Estimators(EstimatorSettings(chemistry=chemistry, **limits))  # type: ignore[arg-type]
+        self.estimators = Estimators(EstimatorSettings(chemistry=chemistry.lower(), **limits))  # type: ignore[arg-type]
         self.s = 0.0
         self.drafts: list[Draft] = []
 
@@ -116,7 +116,7 @@ def test_a_cycle_joined_on_the_move_is_right_after_its_first_stops() -> None:
 
 @pytest.mark.parametrize("off_v", [0.005, -0.005])
 def test_a_curve_that_is_five_millivolts_off_still_does(off_v: float) -> None:
-    curve = tuple((float(percent), volts + off_v) for percent, volts in OCV_V["NMC"])
+    curve = tuple((float(percent), volts + off_v) for percent, volts in OCV_V["nmc"])
     bench = Bench(gain=0.99, ocv_percent_v=curve)
     assert max(abs(error) for error in drive(bench, wltc_mps(), 88.0)[60:]) < 3.0
 
