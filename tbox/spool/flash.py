@@ -242,6 +242,18 @@ class Flash:
         for start in starts:
             self._db.execute("DELETE FROM start WHERE start = ?", (start,))
 
+    # --- salvage ----------------------------------------------------------------------------------
+
+    def salvaged(self, name: str) -> dict[Lane, int] | None:
+        """Return how far a file put aside was salvaged; None when all of it is."""
+        sql = "SELECT alarm_after, routine_after, done FROM salvage WHERE file = ?"
+        row = self._db.execute(sql, (name,)).fetchone() or (0, 0, 0)
+        return None if row[2] else dict(zip(LANES, row[:2], strict=True))
+
+    def note_salvaged(self, name: str, after: dict[Lane, int], *, done: bool) -> None:
+        sql = "INSERT OR REPLACE INTO salvage (file, alarm_after, routine_after, done) VALUES (?, ?, ?, ?)"
+        self._db.execute(sql, (name, *(after[lane] for lane in LANES), int(done)))
+
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """Ask for something that no method names: the offline tools do."""
         return self._db.execute(sql, parameters).fetchall()

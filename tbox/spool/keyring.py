@@ -90,6 +90,12 @@ def copy_keys(storage: Storage, directory: str, rows: Sequence[StartRow]) -> Non
         copies.write(payload)
 
 
+def copied_only(rows: Sequence[StartRow], copied: Sequence[StartRow]) -> list[StartRow]:
+    """Return the copied keys of starts that the database has no row of."""
+    known = {row.start for row in rows}
+    return [row for row in copied if row.start not in known]
+
+
 def copied_keys(storage: Storage, directory: str) -> list[StartRow]:
     """Return the second copy of the wrapped data keys, oldest start first; empty when there is none."""
     try:

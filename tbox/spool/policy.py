@@ -260,10 +260,21 @@ class Dropped:
     last_id: int = 0
 
     def add(self, one: int, size_bytes: int) -> None:
-        self.first_id = min(self.first_id, one) if self.count else one
+        self.first_id = min(self.first_id, one) if self.told else one
         self.last_id = max(self.last_id, one)
         self.count += 1
         self.bytes += size_bytes
+
+    def add_range(self, first: int, last: int, count: int) -> None:
+        """Add `count` records that lie somewhere in first..last."""
+        self.first_id = min(self.first_id, first) if self.told else first
+        self.last_id = max(self.last_id, last)
+        self.count += count
+
+    @property
+    def told(self) -> bool:
+        """Whether there is anything to tell; a range may be lost without a count."""
+        return self.last_id > 0
 
     def body(self) -> dict[str, object]:
         return {

@@ -50,7 +50,7 @@ WHERE sealed IS NOT NULL ORDER BY id
 
 
 def _lay_tables(db: Any) -> None:
-    """Two tables by priority, one of starts with their wrapped keys, and a view for people."""
+    """Two tables by priority, starts with their wrapped keys, salvage under way, a view for people."""
     record = {"id": int, "kind": int, "level": int, "at": int, "sealed": bytes}
     for name in ("alarm", "routine"):
         db[name].create(record, pk="id")
@@ -58,6 +58,7 @@ def _lay_tables(db: Any) -> None:
         {"start": int, "key_id": bytes, "wrapped": bytes, "clean": int, "last_id": int, "ledger": str},
         pk="start",
     )
+    db["salvage"].create({"file": str, "alarm_after": int, "routine_after": int, "done": int}, pk="file")
     names = " ".join(f"WHEN {code} THEN '{kind}'" for kind, code in KIND_CODES.items())
     db.create_view("records", _PEOPLE_VIEW.format(names=names))
 

@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -21,8 +21,18 @@ from tbox.durable import OsStorage, Storage
 from tbox.errors import TboxError
 from tbox.ledger import Ledger
 from tbox.model import COUNTER_BITS, NS_PER_S, Draft, Level, Now, Record
-from tbox.spool.flash import FILE_NAME, Connect, Flash, Row, StartRow, first_id, is_busy, is_full
-from tbox.spool.keyring import KEY_FILE_NAME, Keyring, copied_keys, copy_keys, open_keyring, rotate
+from tbox.spool.ballast import Ballast
+from tbox.spool.flash import FILE_NAME, Connect, Flash, Row, StartRow, first_id, is_busy, is_damage, is_full
+from tbox.spool.keyring import (
+    KEY_FILE_NAME,
+    Keyring,
+    copied_keys,
+    copied_only,
+    copy_keys,
+    open_keyring,
+    rotate,
+)
+from tbox.spool.meter import WriteMeter
 from tbox.spool.policy import (
     ALARM,
     LANES,
@@ -40,6 +50,7 @@ from tbox.spool.policy import (
     pick_oldest,
     trusted_wall_s,
 )
+from tbox.spool.recover import Found, finish_setting_aside, remove_aside, salvage, set_aside
 from tbox.spool.schema import KIND_CODES, KIND_NAMES
 from tbox.spool.seal import TAG_BYTES, Random
 
@@ -51,6 +62,8 @@ EVICT_ROWS_READ = 256
 # Pages the drop record and the tables' inner nodes may still need after an eviction.
 EVICTION_HEADROOM_BYTES = 8 * 1024
 SWEEP_ROWS_PER_TICK = 256  # rows looked at for their age
+SALVAGE_ROWS_PER_TICK = 512
+COMMIT_BYTES_MAX = 1024 * 1024  # one transaction; less than what the hard cap leaves above the quota
 COUNT_ROWS_AT_OPEN = 8192  # backlog of earlier starts counted before the first tick
 COUNT_ROWS_PER_TICK = 2048
 RETRY_S_FIRST = 1.0
@@ -175,6 +188,7 @@ class Spool:
         self._flash: Flash | None = None
         self._keys: Keyring | None = None
         self._own: StartRow | None = None
+        self._start_rows: list[StartRow] = []  # what this start writes about starts, should it be in doubt
         self._open: dict[int, Record] = {}  # appended and not known to be committed
         self._open_bytes = 0
         self._alarm_waits = False
@@ -185,6 +199,19 @@ class Spool:
         self._uncounted_after: dict[Lane, int] = dict.fromkeys(LANES, 0)
         self._damaged, self._expired = Dropped("damage"), Dropped("age")
         self._settled_clock = SettledClock()
+        self._meter = WriteMeter()
+        self._ballast: Ballast | None = None
+        self._aside: list[str] = []  # damaged files whose rows are still to be fetched
+        self._salvage: Iterator[Found] | None = None
+        self._salvage_ended = False
+        self._salvaging_moved = False  # something of it waits for the next commit
+        self._salvaged_upto: dict[Lane, int] = dict.fromkeys(LANES, 0)
+        self._returned: list[tuple[Lane, Row]] = []
+        self._returned_bytes = 0
+        self._left_since = IdRanges()  # acknowledged or dropped while a salvage is under way
+        self._awaiting = 0  # held records that went with a file which was damaged while we ran
+        self._awaited = 0  # the same of the file that is being salvaged
+        self._awaited_all = False  # and these are all that it held
         self._swept: dict[Lane, int] = dict.fromkeys(LANES, 0)
         self._ram_dropped = Dropped("ram")
         self._ram_reported_ns = 0
@@ -289,8 +316,9 @@ class Spool:
             self._expire(now)
             if self._ram_reason:
                 self._report_ram(now, force=True)
-            if self._open or self._drain.gone or self._damaged.count:
-                self._commit(now)
+            self._fetch_salvaged()
+            with self._meter.measure(now):
+                self._commit_all(now)
             self._count(COUNT_ROWS_PER_TICK)
         except (sqlite3.Error, OSError) as error:
             self._flash_failed(error)
@@ -298,26 +326,60 @@ class Spool:
         if self._ram_reason:
             self._back_on_flash(now)
 
+    def _commit_all(self, now: Now) -> None:
+        """Commit in portions: one portion but after an outage, when the RAM ring comes back to flash."""
+        if self._ballast is not None and self._flash is not None:
+            growth = self._open_bytes + self._returned_bytes
+            self._ballast.fit(self._flash.file_bytes() + growth, grow=False)
+        while self._has_work():
+            try:
+                self._commit(now)
+            except sqlite3.Error as error:
+                room = self._ballast is not None and is_full(error) and self._ballast.give_way()
+                if not room or self._flash is None:
+                    raise
+                self._flash.rollback()
+
+    def _has_work(self) -> bool:
+        salvage = self._salvaging_moved or self._salvage_ended
+        return bool(self._open or self._drain.gone or self._damaged.told or self._expired.told or salvage)
+
     def _commit(self, now: Now) -> None:
-        assert self._flash is not None and self._keys is not None
-        sealer = self._keys.sealer(self._start)
-        assert sealer is not None
+        """One transaction: inserts, acknowledged ranges, evictions and the records that tell of them."""
+        assert self._flash is not None
         flash = self._flash
+        portion = self._portion()
         self._in_doubt = True
         flash.begin()
-        self._insert(flash, list(self._open.values()), now)
+        self._insert(flash, portion, now)
+        self._insert_salvaged(flash)
         flash.delete(self._drain.gone)
         dropped = [self._damaged, self._expired, self._make_room(flash)]
-        told = [self._mint_drop(one, now) for one in dropped if one.count]
+        told = [self._mint_drop(one, now) for one in dropped if one.told]
         self._damaged, self._expired = Dropped("damage"), Dropped("age")
         self._insert(flash, told, now)
         flash.commit()
         self._in_doubt = False
-        self._open.clear()
-        self._open_bytes = 0
-        self._alarm_waits = False
+        for record in [*portion, *told]:
+            del self._open[record.id]
+            self._open_bytes -= len(record.payload)
+        self._alarm_waits = any(record.is_alarm for record in self._open.values())
         self._drain.committed()
+        self._settle_salvaged()
         self._drain.trim(self._settings.live_records_max, self._settings.live_bytes_max, self._open.get)
+
+    def _portion(self) -> list[Record]:
+        """Return the oldest open records, as many as one transaction may add beyond the cap."""
+        if self._open_bytes <= COMMIT_BYTES_MAX:
+            return list(self._open.values())
+        portion: list[Record] = []
+        left_bytes = COMMIT_BYTES_MAX
+        for record in self._open.values():
+            if left_bytes <= 0:
+                break
+            portion.append(record)
+            left_bytes -= len(record.payload)
+        return portion
 
     def _insert(self, flash: Flash, records: Sequence[Record], now: Now) -> None:
         assert self._keys is not None
@@ -388,6 +450,73 @@ class Spool:
             rows = [row for row in rows if row.id not in self._drain.gone]
             self._doom(lane, pick_expired(rows, wall_s, self._age_max_s, keep), self._expired)
 
+    # --- salvage --------------------------------------------------------------------------------------
+
+    def _fetch_salvaged(self) -> None:
+        """Read a portion of a file put aside; the next commit brings it home."""
+        if not self._aside or self._uncounted_after or self._flash is None:
+            return
+        if self._salvage is None:
+            after = self._flash.salvaged(self._aside[0])
+            self._salvaged_upto = after or dict.fromkeys(LANES, 0)
+            path = f"{self._directory}/{self._aside[0]}"
+            self._salvage = (
+                salvage(path, self._connect, self._salvaged_upto.__getitem__) if after else iter(())
+            )
+            self._awaited, self._awaiting = self._awaiting, 0
+        rows_left = SALVAGE_ROWS_PER_TICK
+        while rows_left > 0 and self._returned_bytes < COMMIT_BYTES_MAX:
+            found = next(self._salvage, None)
+            if found is None:
+                self._salvage_ended = True
+                return
+            rows_left -= max(1, len(found.rows))
+            self._take_found(found)
+
+    def _take_found(self, found: Found) -> None:
+        self._salvaging_moved = True
+        self._salvaged_upto[found.lane] = max(found.upto, self._salvaged_upto[found.lane])
+        rows = [row for row in found.rows if row.id not in self._left_since]
+        self._returned += [(found.lane, row) for row in rows]
+        self._returned_bytes += sum(len(row.sealed or b"") for row in rows)
+        known = min(len(rows), self._awaited)  # held all along: the damage came after they were counted
+        self._awaited -= known
+        self._account.into += len(rows) - known
+        self._account.held += len(rows) - known
+        for lost in found.lost:
+            records = 0 if self._awaited_all else lost.records
+            self._damaged.add_range(lost.first, lost.last, records)
+            self._account.into += records
+            self._account.drop("damage", records)
+
+    def _insert_salvaged(self, flash: Flash) -> None:
+        if not self._salvaging_moved and not self._salvage_ended:
+            return
+        for lane in LANES:
+            flash.insert(lane, [row for its, row in self._returned if its is lane])
+        if self._salvage_ended and self._awaited:
+            oldest, newest = 1, first_id(self._start + 1) - 1
+            if self._damaged.told:
+                oldest, newest = self._damaged.first_id, self._damaged.last_id
+            self._damaged.add_range(oldest, newest, self._awaited)
+            self._account.held -= self._awaited
+            self._account.drop("damage", self._awaited)
+            self._awaited = 0
+        flash.note_salvaged(self._aside[0], self._salvaged_upto, done=self._salvage_ended)
+
+    def _settle_salvaged(self) -> None:
+        """What was salvaged is committed: offer it, and delete the damaged file once all of it is."""
+        for lane, row in self._returned:
+            self._drain.rewind(lane, row.id)
+        self._returned, self._returned_bytes, self._salvaging_moved = [], 0, False
+        if self._salvage_ended:
+            name = self._aside.pop(0)
+            log.info("spool_salvaged", file=name)
+            self._salvage, self._salvage_ended, self._awaited = None, False, 0
+            if not self._aside:
+                self._left_since = IdRanges()
+            remove_aside(self._storage, self._directory, name)
+
     # --- the account ----------------------------------------------------------------------------------
 
     def _leave(self, one: int, lane: Lane) -> None:
@@ -397,6 +526,12 @@ class Spool:
             self._account.into += 1
         else:
             self._account.held -= 1
+        if self._aside:
+            self._left_since.add(one)
+            if self._awaiting and one not in self._open:
+                self._awaiting -= 1
+            elif self._awaited and one not in self._open:
+                self._awaited -= 1
 
     def _count(self, rows_max: int) -> None:
         """Count a part of what earlier starts left, so that opening never waits for a full scan."""
@@ -418,19 +553,57 @@ class Spool:
 
     def _attach(self, now: Now) -> None:
         """Open the file and the keys, note this start. Raises as `open` does, and sqlite3.Error, OSError."""
+        try:
+            self._attach_file()
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
+            self._put_aside(error)
+            self._attach_file()
+        assert self._flash is not None
+        if self._settings.ballast:
+            self._ballast = Ballast(self._directory, self._settings.quota_bytes)
+            self._ballast.fit(self._flash.file_bytes(), grow=True)
+            if self._ballast.shortfall:
+                log.warning("spool_ballast_short", why=self._ballast.shortfall)
+
+    def _attach_file(self) -> None:
+        self._aside = finish_setting_aside(self._storage, self._directory)
         flash = self._open_file()
         try:
             rotate(self._storage, self._key_file, flash, self._directory, self._random)
             known = flash.starts()
-            has_data = flash.newest_id is not None
-            self._keys = open_keyring(self._storage, self._key_file, known, self._random, has_data=has_data)
+            copied = copied_only(known, copied_keys(self._storage, self._directory)) if self._aside else []
+            has_data = flash.newest_id is not None or bool(self._aside)
+            self._keys = open_keyring(
+                self._storage, self._key_file, known or copied, self._random, has_data=has_data
+            )
             self._keys.learn(copied_keys(self._storage, self._directory))
-            self._note_start(flash, self._keys, known)
+            self._note_start(flash, self._keys, known, copied)
+            self._count_from(flash)
         except BaseException:
             flash.close()
             raise
         self._flash = flash
-        self._count(COUNT_ROWS_AT_OPEN)
+
+    def _count_from(self, flash: Flash) -> None:
+        self._flash = flash
+        try:
+            self._count(COUNT_ROWS_AT_OPEN)
+        except BaseException:
+            self._flash = None
+            raise
+
+    def _put_aside(self, error: sqlite3.Error) -> None:
+        """The file is damaged: keep it under another name and go on with a new one."""
+        name = set_aside(self._storage, self._directory, self._start)
+        log.error("spool_damaged", reason=str(error), put_aside=name)
+        self._awaiting = self._account.held - len(self._open)
+        self._awaited_all = not self._uncounted_after  # else only a part of them was counted
+        self._uncounted_after = {}
+        self._salvage, self._salvage_ended, self._salvaging_moved = None, False, False
+        for first, last in self._drain.gone:
+            self._left_since.add(first, last)
 
     def _open_file(self) -> Flash:
         path = f"{self._directory}/{FILE_NAME}"
@@ -443,14 +616,17 @@ class Spool:
                 ) from error
             raise
 
-    def _note_start(self, flash: Flash, keys: Keyring, known: list[StartRow]) -> None:
-        """Store this start's row and how far the one before had committed, before any record of this one."""
+    def _note_start(self, flash: Flash, keys: Keyring, known: list[StartRow], copied: list[StartRow]) -> None:
+        """Store this start's row and how far the one before had committed, before any record of this one.
+
+        copied: starts whose rows went with a damaged file; their keys are needed for what is salvaged.
+        """
         if self._own is not None:
             keys.learn([self._own])
-            if self._own not in known:
-                flash.begin()
-                flash.put_start(self._own)
-                flash.commit()
+            flash.begin()
+            for row in [*copied, *self._start_rows]:
+                flash.put_start(row)
+            flash.commit()
             return
         highest = max(known[-1].start if known else 0, (flash.newest_id or 0) >> COUNTER_BITS)
         if highest >= self._start:
@@ -460,17 +636,18 @@ class Spool:
                 mend="keep the start number files with the spool, or raise the start number",
             )
         ended = [row._replace(last_id=_highest(row.last_id, flash.newest_of(row.start))) for row in known]
-        self.previous = previous_start(ended)
+        self.previous = previous_start(ended or copied)
         needed = needed_starts(self.previous)
-        kept = [row for row in ended if row.start in needed or flash.has_rows_of(row.start)]
+        kept = [row for row in ended if self._aside or row.start in needed or flash.has_rows_of(row.start)]
         own = keys.new_start(self._start)
-        copy_keys(self._storage, self._directory, [*kept, own])
+        copy_keys(self._storage, self._directory, [*copied, *kept, own])
+        self._own = own  # from here on: should the commit fail, it may have succeeded all the same
+        self._start_rows = [*copied, *(row for row in kept if row not in known), own]
         flash.begin()
         flash.forget_starts([row.start for row in ended if row not in kept])
-        for row in [*(row for row in kept if row not in known), own]:
+        for row in self._start_rows:
             flash.put_start(row)
         flash.commit()
-        self._own = own
 
     @property
     def _key_file(self) -> str:
@@ -480,6 +657,7 @@ class Spool:
 
     def _flash_failed(self, error: Exception) -> None:
         """A read or write failed: undo what was half done, and go on from RAM until the flash is back."""
+        damaged = isinstance(error, sqlite3.Error) and is_damage(error)
         if self._flash is not None:
             try:
                 self._flash.rollback()
@@ -490,6 +668,14 @@ class Spool:
                 with contextlib.suppress(sqlite3.Error):
                     self._flash.close()
                 self._flash = None
+        if damaged:
+            assert isinstance(error, sqlite3.Error)
+            try:
+                self._put_aside(error)
+                self._attach(self._now)
+                return
+            except (sqlite3.Error, OSError) as again:
+                error = again
         self._fall_to_ram(self._now, error)
 
     def _fall_to_ram(self, now: Now, error: Exception) -> None:
@@ -566,6 +752,10 @@ class Spool:
             "used_bytes": flash.used_bytes() if flash else None,
             "quota_bytes": self._settings.quota_bytes,
             "dropped": dict(self._account.dropped),
+            "salvaging": list(self._aside),
+            "ballast_bytes": self._ballast.size_bytes if self._ballast else 0,
+            "flash_bytes_written": self._meter.total_bytes,
+            "flash_bytes_today": self._meter.today_bytes,
         }
 
     def close(self, now: Now, *, clean: bool, ledger_totals: dict[str, Any]) -> None:

@@ -79,7 +79,8 @@ class Minter:
 
     def __call__(self, draft: Draft) -> Record:
         self.count += 1
-        payload = msgspec.msgpack.encode(draft.body) + self._rng.randbytes(draft.body.get("fill", 0))
+        body = {**draft.body, "fill": self._rng.randbytes(draft.body.get("fill", 0))}
+        payload = msgspec.msgpack.encode(body)
         record = Record(record_id(self.start, self.count), draft.kind, int(draft.level), payload)
         self.minted.append(record)
         return record
