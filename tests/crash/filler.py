@@ -1,8 +1,8 @@
-"""A process that lives with a spool on the real file system and can be killed. It says what it has committed.
+"""A process that lives with a spool on the real file system and can be killed. It says what is safe.
 
-`python -m tests.crash.filler DIR TICKS stop|die|run`: append and tick; then stop cleanly, die without closing, or
-go on until killed. After each tick it prints the highest id that the tick made safe; what it was told
-is acknowledged is what it printed as `acked`.
+`python -m tests.crash.filler DIR TICKS stop|die|run`: append and tick, then stop cleanly, die without
+closing, or go on until killed. After each tick it prints the highest id that is safe now; what it prints as
+`acked` the receiver has.
 """
 
 from __future__ import annotations

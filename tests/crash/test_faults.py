@@ -125,8 +125,8 @@ def test_a_full_disk_ends_in_ram_with_an_alarm_and_comes_back(tmp_path: Path) ->
     recorder = Recorder(str(tmp_path))
     minter, ledger = Minter(1, random.Random(1)), Ledger()
     spool = Spool.open(
-        str(tmp_path), settings(ram_bytes_max=64 * 1024, quota_bytes=1 << 24), start=1, mint=minter, now=Now(0), ledger=ledger,
-        connect=recorder.connect, storage=recorder.storage,
+        str(tmp_path), settings(ram_bytes_max=64 * 1024, quota_bytes=1 << 24), start=1, mint=minter,
+        now=Now(0), ledger=ledger, connect=recorder.connect, storage=recorder.storage,
     )  # fmt: skip
     medium = Medium("write", 0, _full)
     recorder.fault = medium
