@@ -23,8 +23,10 @@ IDLE_TRIPLES_MAX = 1024
 
 ReadAt = Callable[[int, int], bytes]  # (offset, length) -> up to that many bytes
 
-_LOW = int.from_bytes(b"\x7f" * BLOCK_BYTES, "little")
-_HIGH = int.from_bytes(b"\x80" * BLOCK_BYTES, "little")
+# Where releases differ they differ in few places: pieces this small are looked at before they are added.
+PIECE_BYTES = 4096
+_LOW = int.from_bytes(b"\x7f" * PIECE_BYTES, "little")
+_HIGH = int.from_bytes(b"\x80" * PIECE_BYTES, "little")
 _ZEROS = bytes(BLOCK_BYTES)
 
 
@@ -81,17 +83,20 @@ class _Bz2Section:
 
 
 def _add(diff: bytes, base: bytes) -> bytes:
-    """Return the bytewise sum modulo 256, a block at a time as one big integer."""
-    n = len(diff)
-    if diff == (_ZEROS if n == BLOCK_BYTES else _ZEROS[:n]):
+    """Return the bytewise sum modulo 256; the parts that did not change cost a comparison."""
+    if diff == _ZEROS[: len(diff)]:
         return base
+    pieces = []
+    for at in range(0, len(diff), PIECE_BYTES):
+        piece, under = diff[at : at + PIECE_BYTES], base[at : at + PIECE_BYTES]
+        pieces.append(under if piece == _ZEROS[: len(piece)] else _add_piece(piece, under))
+    return b"".join(pieces)
+
+
+def _add_piece(diff: bytes, base: bytes) -> bytes:
+    """Add all bytes at once as one big integer: the low seven bits first, so that none carries over."""
     x, y = int.from_bytes(diff, "little"), int.from_bytes(base, "little")
-    low, high = (_LOW, _HIGH) if n == BLOCK_BYTES else (_LOW & _ones(n), _HIGH & _ones(n))
-    return (((x & low) + (y & low)) ^ ((x ^ y) & high)).to_bytes(n, "little")
-
-
-def _ones(length: int) -> int:
-    return (1 << 8 * length) - 1
+    return (((x & _LOW) + (y & _LOW)) ^ ((x ^ y) & _HIGH)).to_bytes(len(diff), "little")
 
 
 def apply(

@@ -61,7 +61,7 @@ class Bench:
     def image(self, version: int, body: str) -> tuple[bytes, VerifiedTarget]:
         tree = self.directory.parent / f"tree{version}"
         tree.mkdir(exist_ok=True)
-        code = APP.replace("VERSION", str(version)).replace("BODY", textwrap.indent(body, "    ").strip())
+        code = APP.replace("BODY", textwrap.indent(body, "    ").strip()).replace("VERSION", str(version))
         (tree / "app.py").write_text(code)
         header = image.ImageHeader(name="app", version=str(version), entry="app:main")
         data = b"".join(image.build(tree, header))
