@@ -1,7 +1,7 @@
 """The slot table: what a slot may become and which slot boots. Pure: nothing is read, content never decides.
 
 Everything that changes a slot's state is in this file: the table says what the state becomes, the fields
-follow, and the two must agree. `plan` is the boot loader's choice. `python -m tbox.ota.boot` draws the table.
+follow, and the two must agree. `plan` is the boot loader's choice.
 """
 
 from __future__ import annotations
@@ -313,19 +313,3 @@ def mismatch(control: BootControl, name: SlotName, target: VerifiedTarget) -> st
     ):
         return "below the floor, and no signed emergency permits it"
     return ""
-
-
-def mermaid() -> str:
-    """Return the slot table as a mermaid state diagram."""
-    lines = ["stateDiagram-v2", "    [*] --> empty"]
-    for state, row in TABLE.items():
-        lines += [f"    {_id(state)} --> {_id(after)}: {event.value}" for event, after in row.items()]
-    return "\n".join(lines)
-
-
-def _id(state: SlotState) -> str:
-    return state.value.replace("-", "_")
-
-
-if __name__ == "__main__":
-    print(mermaid())

@@ -1,8 +1,7 @@
 """The update engine as a table: decides what happens next. A core: no IO; actions go out, results come in.
 
 Nothing about an update's progress is believed across a restart: `resume_state` derives the state from boot
-control and the slot that runs, and an offer is asked for and verified anew. `python -m tbox.ota.engine`
-draws the table.
+control and the slot that runs, and an offer is asked for and verified anew.
 """
 
 from __future__ import annotations
@@ -58,6 +57,8 @@ class Event(Enum):
     PASSED = "passed"
     FAILED = "failed"
     ORDERED = "ordered"
+    NEW_STARTED = "new-started"  # these two are the boot loader's doing; `resume_state` tells which it was
+    OLD_STARTED = "old-started"
 
 
 _RESTING = {Event.CHECK: State.CHECKING}
@@ -85,9 +86,9 @@ TABLE: dict[State, dict[Event, State]] = {
         Event.GIVE_UP: State.IDLE,
     },
     State.READY: {Event.CHECK: State.CHECKING, Event.SWITCH: State.PENDING_REBOOT},
-    State.PENDING_REBOOT: {},
+    State.PENDING_REBOOT: {Event.NEW_STARTED: State.TRIAL, Event.OLD_STARTED: State.ROLLED_BACK},
     State.TRIAL: {Event.PASSED: State.GOOD, Event.FAILED: State.LEAVING},
-    State.LEAVING: {},
+    State.LEAVING: {Event.OLD_STARTED: State.ROLLED_BACK},
 }
 
 
@@ -375,7 +376,7 @@ class Engine:
         name = other_slot(self._device.running)
         if self.control.slot(name).state is SlotState.LAST_TRY:
             self._commit(boot.fail(self.control, name, "did not start in any of its tries"))
-            self.state = State.ROLLED_BACK
+            self.state = transition(self.state, Event.OLD_STARTED)
             self._tell("rolled-back", "did not start in any of its tries", Level.WARNING)
             self._save(replace(self.journal, switched_to=""))
             return
@@ -595,20 +596,3 @@ class Engine:
         self._commit(boot.fail(self.control, running, reason))
         self._move(Event.FAILED, reason, Level.WARNING)
         self._restart_into_good(other_slot(running))
-
-
-def mermaid() -> str:
-    """Return the engine's table as a mermaid state diagram; resumed states enter from outside."""
-    lines = ["stateDiagram-v2", "    [*] --> idle", "    pending_reboot --> trial: the new image starts"]
-    lines += [f"    {name} --> rolled_back: the old image starts" for name in ("pending_reboot", "leaving")]
-    for state, row in TABLE.items():
-        lines += [f"    {_id(state)} --> {_id(after)}: {event.value}" for event, after in row.items()]
-    return "\n".join(lines)
-
-
-def _id(state: State) -> str:
-    return state.value.replace("-", "_")
-
-
-if __name__ == "__main__":
-    print(mermaid())

@@ -123,4 +123,5 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # Verifies a stored manifest, threshold kept and expiry ignored; raises tbox.errors.Refused when it fails.
+# The boot loader's is trust.verify_slot_manifest(manifest, root=<the root beside the slots, as bytes>).
 VerifyManifest = Callable[[bytes], VerifiedTarget]

@@ -95,8 +95,12 @@ def test_every_state_takes_the_events_of_the_table_and_no_other(state: State, ev
             e.transition(state, event)
 
 
-def test_the_diagram_shows_every_transition() -> None:
-    assert e.mermaid().count("-->") == 4 + sum(len(row) for row in e.TABLE.values())
+def test_what_the_boot_loader_did_is_resumed_as_the_table_says() -> None:
+    switched = Journal(switched_to=NEW.sha256)
+    started, given_up = boot.count_try(TRIAL, "b"), boot.fail(TRIAL, "b", "why")
+    new, old = (e.TABLE[State.PENDING_REBOOT][event] for event in (Event.NEW_STARTED, Event.OLD_STARTED))
+    assert e.resume_state(started, "b", switched) is new
+    assert e.resume_state(given_up, "a", switched) is old is e.TABLE[State.LEAVING][Event.OLD_STARTED]
 
 
 def test_an_offer_goes_all_the_way_to_the_restart() -> None:
