@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import tbox
 from tbox.durable import OsStorage
 from tbox.errors import Refused, TboxError
 from tbox.ota import boot, image
@@ -65,6 +67,9 @@ class Bench:
         (tree / "app.py").write_text(code)
         header = image.ImageHeader(name="app", version=str(version), entry="app:main")
         data = b"".join(image.build(tree, header))
+        return data, self.target_of(data, version)
+
+    def target_of(self, data: bytes, version: int) -> VerifiedTarget:
         values = {
             "name": f"app-{version}",
             "version": str(version),
@@ -75,10 +80,13 @@ class Bench:
             "hardware_ids": ("tbox-sim",),
             "full": Full(name=f"app-{version}", length=len(data), sha256=sha256(data), codec="identity"),
         }
-        return data, msgspec.convert(values, VerifiedTarget)
+        return msgspec.convert(values, VerifiedTarget)
 
     def provision(self, version: int, body: str) -> None:
-        data, target = self.image(version, body)
+        self.put(*self.image(version, body))
+
+    def put(self, data: bytes, target: VerifiedTarget) -> None:
+        """Leave the factory with this image in slot a."""
         self.slots.write("a", 0, data)
         entry = SlotEntry(
             priority=boot.PRIORITY_ACTIVE,
@@ -86,10 +94,10 @@ class Bench:
             sha256=target.sha256,
             length=target.length,
             version=target.version,
-            security_counter=version,
+            security_counter=target.security_counter,
             manifest_sha256=self.slots.put_manifest("a", manifest_of(target)),
         )
-        self.ctl.commit(BootControl(floor=version).with_slots("a", entry))
+        self.ctl.commit(BootControl(floor=target.security_counter).with_slots("a", entry))
 
     def update(
         self, version: int, body: str, slot: SlotName = "b", tries: int = boot.TRIES
@@ -246,7 +254,7 @@ from tbox.ota.supervisor import Supervisor
 top = Path(sys.argv[1])
 where = str(top / "firmware")
 ctl, slots = BootCtl(OsStorage(), where), Slots(OsStorage(), where)
-Supervisor(ctl, slots, verify, top / "run", [str(top / "out")], QUICK).run()
+Supervisor(ctl, slots, verify, top / "run", sys.argv[2:] or [str(top / "out")], QUICK).run()
 """
 
 
@@ -285,3 +293,17 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_the_real_agent_boots_as_an_app_image(bench: Bench) -> None:
+    """The whole `tbox` package runs out of the slot, not out of what is installed beside it."""
+    tree = bench.directory.parent / "package"
+    shutil.copytree(Path(tbox.__file__).parent, tree / "tbox")
+    (tree / "tbox" / "__init__.py").write_text("print('from', __file__)\n")
+    header = image.ImageHeader(name="tbox", version="9", entry="tbox.cli.main:main")
+    data = b"".join(image.build(tree, header))
+    bench.put(data, bench.target_of(data, 9))
+    entry = [sys.executable, "-c", MAIN, str(bench.directory.parent), "payload", "--help"]
+    done = subprocess.run(entry, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert f"from {bench.run}/slot_a/tbox/__init__.py" in done.stdout
+    assert "payload" in done.stdout
