@@ -12,7 +12,7 @@ import pytest
 
 from tbox import durable
 from tbox.durable import TwoCopies
-from tbox.ota import boot, bootctl, install
+from tbox.ota import boot, bootctl, install, supervisor
 from tbox.ota.boot import BootControl, SlotState
 from tbox.ota.bootctl import BootControlError, BootCtl
 from tbox.ota.device import JOURNAL_STEM, load_journal
@@ -26,9 +26,11 @@ from tests.crash.ota_world import (
     Violation,
     World,
     drive,
+    manifest_of,
     provisioned,
     sha256,
     target_of,
+    verify,
 )
 
 RNG = random.Random(5)
@@ -215,6 +217,42 @@ def test_each_update_comes_to_the_rest_it_should(name: str) -> None:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_one_cut_anywhere_is_harmless(name: str) -> None:
     explore(SCENARIOS[name], twice=False)
+
+
+# --- the way out of last resort ---------------------------------------------------------------------------
+
+RESCUE = f"{DATA}/rescue"
+
+
+def rescue(flash: Flash) -> None:
+    """What a person does: the recovery command, unless the device boots by now."""
+    ctl, slots = BootCtl(flash, FIRMWARE), Slots(flash, FIRMWARE)
+    try:
+        chosen = supervisor.choose(ctl, slots, verify, {})
+    except BootControlError:
+        chosen = boot.LastResort({})
+    if isinstance(chosen, boot.LastResort):
+        supervisor.restore(ctl, slots, verify, RESCUE, manifest_of(NEW_TARGET))
+
+
+@pytest.mark.parametrize("lost", ["slots rotten", "boot control lost", "empty device"])
+def test_a_recovery_that_is_cut_can_be_done_again(lost: str) -> None:
+    start = provisioned(OLD, OLD_TARGET) | {RESCUE: NEW}
+    if lost == "slots rotten":
+        start[f"{FIRMWARE}/slot_a.img"] = bytes(len(OLD))
+    elif lost == "boot control lost":
+        start |= {path: b"rotten" for path in start if "bootctl" in path}
+    else:
+        start = {RESCUE: NEW}
+    flash = Flash(start)
+    rescue(flash)
+    for _, image in every_cut(start, flash.log):
+        again = Flash(image)
+        rescue(again)
+        ctl, slots = BootCtl(again, FIRMWARE), Slots(again, FIRMWARE)
+        chosen = supervisor.choose(ctl, slots, verify, {})
+        assert not isinstance(chosen, boot.LastResort) and chosen[1] == NEW_TARGET
+        assert ctl.read().floor == 2
 
 
 # --- planted bugs: the exploration must catch each --------------------------------------------------------
