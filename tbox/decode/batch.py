@@ -66,6 +66,8 @@ class Decoder:
     def __init__(self, table: SignalTable) -> None:
         self.table = table
         self._needs = _needs(table)
+        self._selects = table.selector_row >= 0
+        self._any_big_selector = bool(table.big[table.selector_row[self._selects]].any())
         self._no_ids = (np.array([NO_ID], np.uint32), np.zeros(1, np.int64))
         self._root_of = {
             channel: dict(zip(keys.tolist(), plans.tolist(), strict=True))
@@ -110,22 +112,29 @@ class Decoder:
         place = keys.searchsorted(ids)
         plan = roots.take(place)
         plan *= keys.take(place) == ids  # else UNKNOWN_PLAN, which is 0
-        open_ = where_(table.selector_row.take(plan) >= 0)
+        open_ = where_(self._selects.take(plan))
         while len(open_):
             at = plan.take(open_)
             row = table.selector_row.take(at)
-            value = self._raw(words, open_, row, NEEDS_ALL)
-            known = value < table.selector_size.take(at)
-            value *= known
+            place = open_ * FRAME_BYTES
+            place += table.byte.take(row)
+            word: npt.NDArray[np.uint64] = words[place]
+            if self._any_big_selector:
+                big = where_(table.big.take(row))
+                word[big] = word[big].byteswap()
+            word >>= table.shift.take(row)
+            word &= table.mask.take(row)
+            value: IntArray = word.view(np.int64)
+            np.minimum(value, table.selector_size.take(at), out=value)
             value += table.selector_base.take(at)
             target = table.selector_plan.take(value)
-            target[~known] = MALFORMED_PLAN
+            more = self._selects.take(target)
             cut = table.need_bytes.take(row) > lengths.take(open_)
             if cut.any():
                 target[cut] = at[cut]
+                more &= ~cut
             plan[open_] = target
-            on = (table.selector_row.take(target) >= 0) & ~cut
-            open_ = open_[on]
+            open_ = open_[more]
         return plan
 
     def _raw(self, words: npt.NDArray[np.uint64], frame: IntArray, row: IntArray, needs: int) -> IntArray:

@@ -224,7 +224,7 @@ class _Compiler:
             if len(flat) == len(tree):
                 shared[flat] = targets[value]
         self.selectors[plan] = (row, len(self.selector_plan), len(targets), plan)
-        self.selector_plan += targets
+        self.selector_plan += [*targets, MALFORMED_PLAN]  # the last stands for every larger value
 
     def _arrays(self) -> None:
         table, plans = self.table, self.table.plan_info
