@@ -1,0 +1,293 @@
+"""The spool's figures: puts, drains, flushes and flash bytes, against persist-queue and a raw append.
+
+Every peer commits each portion as durably as the spool does. Bytes and flushes are counted in the VFS;
+bytes as whole 4 KiB blocks between flushes, which is what reaches a flash device.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import persistqueue
+
+from tbox.ledger import Ledger
+from tbox.model import NS_PER_S, Draft, Level, Now, Record, record_id
+from tbox.spool.store import Spool, SpoolSettings
+from tests.bench.harness import Result, interleaved
+from tests.crash.recorder import Recorder
+
+BLOCK_BYTES = 4096
+RUNS = 3
+COMMITS = 30
+PEER_COMMITS = 3  # the peers are slow; their figure is per record
+PER_COMMIT = 100
+RECORD_BYTES = 264
+BACKLOG_BYTES = int(os.environ.get("TBOX_BENCH_BACKLOG_BYTES", str(1 << 30)))
+BACKLOG_RECORD_BYTES = 26_400
+_rng = random.Random(1)
+_noise = _rng.randbytes(1 << 20)
+
+
+def _payload(size: int) -> bytes:
+    at = _rng.randrange(len(_noise) - size)
+    return _noise[at : at + size]
+
+
+def _mint(draft: Draft) -> Record:
+    raise AssertionError(f"nothing is dropped here: {draft}")
+
+
+@contextmanager
+def _directory() -> Iterator[str]:
+    path = tempfile.mkdtemp(prefix="tbox-bench-", dir="/var/tmp")
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _spool(directory: str, start: int = 1, **options: object) -> Spool:
+    settings = SpoolSettings(
+        quota_bytes=4 << 30, ballast=False, backlog_records_s=1_000_000, backlog_bytes_s=1 << 30,
+        live_records_max=100,
+    )  # fmt: skip
+    return Spool.open(
+        directory, settings, start=start, mint=_mint, now=Now(0), ledger=Ledger(), **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _records(first: int, n: int, size: int, start: int = 1) -> list[Record]:
+    return [Record(record_id(start, first + i), "telemetry", Level.INFO, _payload(size)) for i in range(n)]
+
+
+def _portions(commits: int, per_commit: int, size: int) -> Iterator[list[Record]]:
+    return (_records(1 + commit * per_commit, per_commit, size) for commit in range(commits))
+
+
+def _fill(spool: Spool, portions: Iterable[list[Record]]) -> None:
+    for second, records in enumerate(portions):
+        spool.append(records)
+        spool.tick(Now(second))
+
+
+def _drain(spool: Spool, room: int = 256, per_tick: int = 4096) -> int:
+    """Take and acknowledge everything; a tick after every `per_tick` records."""
+    taken, since, now_s = 0, 0, 1
+    while True:
+        now_s += 1
+        batch = spool.offer(Now(now_s * NS_PER_S), room)
+        spool.ack([record.id for record in batch])
+        taken += len(batch)
+        since += len(batch)
+        if since >= per_tick or not batch:
+            spool.tick(Now(now_s * NS_PER_S))
+            since = 0
+        if not batch:
+            return taken
+
+
+def _wall(work: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def _put_ours() -> float:
+    with _directory() as directory:
+        spool = _spool(directory)
+        portions = list(_portions(COMMITS, PER_COMMIT, RECORD_BYTES))
+        seconds = _wall(lambda: _fill(spool, portions))
+        spool.close(Now(0), clean=True, ledger_totals={})
+    return seconds / (COMMITS * PER_COMMIT)
+
+
+def _peer_queue(kind: type, directory: str) -> persistqueue.SQLiteQueue:
+    queue = kind(directory, auto_commit=True)
+    for name in ("_putter", "_getter"):
+        getattr(queue, name).execute("PRAGMA synchronous=FULL")
+    return queue
+
+
+def _put_peer() -> float:
+    with _directory() as directory:
+        queue = _peer_queue(persistqueue.SQLiteQueue, directory)
+        items = [_payload(RECORD_BYTES) for _ in range(PEER_COMMITS * PER_COMMIT)]
+        seconds = _wall(lambda: [queue.put(item) for item in items])
+        queue.close()
+    return seconds / len(items)
+
+
+def _raw_append() -> float:
+    with _directory() as directory:
+        payloads = [
+            b"".join(r.payload for r in _records(1, PER_COMMIT, RECORD_BYTES)) for _ in range(COMMITS)
+        ]
+        fd = os.open(f"{directory}/raw", os.O_WRONLY | os.O_CREAT)
+
+        def work() -> None:
+            for payload in payloads:
+                os.write(fd, payload)
+                os.fdatasync(fd)
+
+        seconds = _wall(work)
+        os.close(fd)
+    return seconds / (COMMITS * PER_COMMIT)
+
+
+def _drain_ours() -> float:
+    with _directory() as directory:
+        spool = _spool(directory)
+        _fill(spool, _portions(COMMITS, PER_COMMIT, RECORD_BYTES))
+        taken: list[int] = []
+        seconds = _wall(lambda: taken.append(_drain(spool)))
+        spool.close(Now(0), clean=True, ledger_totals={})
+    assert taken == [COMMITS * PER_COMMIT]
+    return seconds / taken[0]
+
+
+def _drain_peer() -> float:
+    with _directory() as directory:
+        queue = _peer_queue(persistqueue.SQLiteAckQueue, directory)
+        n = PEER_COMMITS * PER_COMMIT
+        for _ in range(n):
+            queue.put(_payload(RECORD_BYTES))
+        seconds = _wall(lambda: [queue.ack(queue.get()) for _ in range(n)])
+        queue.close()
+    return seconds / n
+
+
+def _speed() -> Iterator[Result]:
+    ours, peer, ratio = interleaved(_put_ours, _put_peer, RUNS)
+    yield Result(
+        bench="spool", case="put, 100 records a commit", value=ours * 1e6, unit="us/record",
+        peer="persist-queue SQLiteQueue", peer_value=peer * 1e6, ratio=ratio, goal="ratio >= 25",
+        ok=ratio >= 25,
+    )  # fmt: skip
+    ours, peer, ratio = interleaved(_put_ours, _raw_append, RUNS)
+    yield Result(
+        bench="spool", case="put against raw append + fdatasync", value=ours * 1e6, unit="us/record",
+        peer="raw append", peer_value=peer * 1e6, ratio=ratio, goal="ratio >= 0.7", ok=ratio >= 0.7,
+        note="the spool also seals each record",
+    )  # fmt: skip
+    ours, peer, ratio = interleaved(_drain_ours, _drain_peer, RUNS)
+    yield Result(
+        bench="spool", case="drain with ack", value=ours * 1e6, unit="us/record",
+        peer="persist-queue SQLiteAckQueue", peer_value=peer * 1e6, ratio=ratio, goal="ratio >= 100",
+        ok=ratio >= 100,
+    )  # fmt: skip
+
+
+def _life(commits: int, per_commit: int, size: int, *, online: bool = False) -> tuple[float, float]:
+    """Return flash bytes per payload byte and flushes per record over the whole life of the records."""
+    with _directory() as directory:
+        recorder = Recorder(directory)
+        spool = _spool(directory, connect=recorder.connect, storage=recorder.storage)
+        recorder.ops.clear()
+        if online:
+            for commit in range(commits):
+                spool.append(_records(1 + commit * per_commit, per_commit, size))
+                spool.ack([record.id for record in spool.offer(Now(commit), per_commit)])
+                spool.tick(Now(commit))
+        else:
+            _fill(spool, _portions(commits, per_commit, size))
+            _drain(spool)
+        spool.close(Now(0), clean=True, ledger_totals={})  # with the last checkpoint: it is part of the life
+        flushed, dirty, flushes = 0, dict[str, set[int]](), 0
+        for op in recorder.ops:
+            if op.what == "write":
+                last = (op.offset + len(op.data) - 1) // BLOCK_BYTES
+                dirty.setdefault(op.name, set()).update(range(op.offset // BLOCK_BYTES, last + 1))
+            elif op.what == "sync":
+                flushes += 1
+                flushed += BLOCK_BYTES * len(dirty.pop(op.name, ()))
+    n = commits * per_commit
+    return flushed / (n * size), flushes / n
+
+
+def _wear() -> Iterator[Result]:
+    shapes: list[tuple[str, int, int, int, float | None]] = [
+        ("26 KB a commit, records of 2.6 KB (telemetry)", 400, 10, 2640, 2.7),
+        ("264 KB a commit, records of 26 KB (captures)", 60, 10, 26_400, 2.2),
+        ("26 KB a commit, records of 264 B", 200, 100, RECORD_BYTES, None),
+        ("264 KB a commit, records of 2.6 KB", 60, 100, 2640, None),
+    ]
+    for name, commits, per_commit, size, goal in shapes:
+        ratio, flushes = _life(commits, per_commit, size)
+        yield Result(
+            bench="spool", case=f"flash bytes per payload byte: {name}", value=ratio, unit="B/B",
+            goal=f"<= {goal}" if goal else "", ok=ratio <= goal if goal else None,
+            note="" if goal else "small rows: pages fill less well, and each is written again to be emptied",
+        )  # fmt: skip
+        if per_commit == PER_COMMIT and size == RECORD_BYTES:
+            yield Result(
+                bench="spool", case="flushes per record, 100 a commit", value=flushes, unit="flushes",
+                peer="persist-queue", peer_value=2.0, ratio=2.0 / flushes, goal="<= 0.011",
+                ok=flushes <= 0.011,
+            )  # fmt: skip
+    ratio, flushes = _life(100, 10, 2640, online=True)
+    yield Result(bench="spool", case="flash bytes per payload byte: online", value=ratio, unit="B/B",
+                 goal="0", ok=ratio == 0 and flushes == 0)  # fmt: skip
+
+
+def _live_latency(spool: Spool, start: int, seconds: int, *, drain: bool) -> tuple[float, float]:
+    """Insert live records for a while; return the p99 of append-to-offer in ms and the MB/s drained."""
+    waits: list[float] = []
+    counter, drained, now_s = 1_000_000, 0, 1000
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        now_s += 1
+        counter += 1
+        live = _records(counter, 1, 2640, start)
+        at = time.perf_counter()
+        spool.append(live)
+        batch = spool.offer(Now(now_s * NS_PER_S), 50 if drain else 1)
+        waits.append((time.perf_counter() - at) * 1e3)
+        assert batch[0].id == live[0].id
+        drained += sum(len(record.payload) for record in batch)
+        spool.ack([record.id for record in batch])
+        if counter % 20 == 0:
+            spool.tick(Now(now_s * NS_PER_S))
+    waits.sort()
+    return waits[int(len(waits) * 0.99)], drained / seconds / 1e6
+
+
+def _backlog() -> Iterator[Result]:
+    with _directory() as directory:
+        pid = os.fork()
+        if pid == 0:  # fill it in a process of its own, which then dies without closing
+            spool = _spool(directory)
+            commits = BACKLOG_BYTES // (40 * BACKLOG_RECORD_BYTES)
+            _fill(spool, _portions(commits, 40, BACKLOG_RECORD_BYTES))
+            os._exit(0)
+        os.waitpid(pid, 0)
+        size = sum(path.stat().st_size for path in Path(directory).iterdir()) / 1e6
+        spools: list[Spool] = []
+        seconds = _wall(lambda: spools.append(_spool(directory, start=2)))
+        yield Result(bench="spool", case=f"open with {size:.0f} MB of backlog after a kill", value=seconds,
+                     unit="s", goal="< 2", ok=seconds < 2)  # fmt: skip
+        busy, rate = _live_latency(spools[0], 2, 8, drain=True)
+        spools[0].close(Now(0), clean=False, ledger_totals={})
+    with _directory() as directory:
+        spool = _spool(directory)
+        quiet, _ = _live_latency(spool, 1, 4, drain=False)
+        spool.close(Now(0), clean=False, ledger_totals={})
+    yield Result(
+        bench="spool", case="live p99 while the backlog drains", value=busy, unit="ms",
+        peer="without backlog", peer_value=quiet, ratio=quiet / busy,
+        note="one offer of 50 records, the first of them live",
+    )  # fmt: skip
+    yield Result(bench="spool", case="drain from flash, live beside it", value=rate, unit="MB/s",
+                 goal=">= 12.5 (100 Mbit/s link)", ok=rate >= 12.5)  # fmt: skip
+
+
+def cases() -> Iterator[Result]:
+    yield from _speed()
+    yield from _wear()
+    yield from _backlog()

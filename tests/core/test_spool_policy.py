@@ -1,0 +1,190 @@
+"""What the spool decides: id ranges, token bucket, drain order, eviction, which clock may expire."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tbox.model import NS_PER_MS, NS_PER_S, Level, Now, Record, TimeQuality, record_id
+from tbox.spool.ballast import STEP_BYTES, size_for
+from tbox.spool.flash import StartRow
+from tbox.spool.policy import (
+    CLOCK_SETTLE_S,
+    Drain,
+    Dropped,
+    IdRanges,
+    Lane,
+    SettledClock,
+    StoredRow,
+    TokenBucket,
+    pick_expired,
+    pick_oldest,
+)
+from tbox.spool.store import previous_start
+
+WALL_NS = 1_800_000_000 * NS_PER_S
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 8))))
+def test_id_ranges_are_a_set_of_ids(spans: list[tuple[int, int]]) -> None:
+    ranges, ids = IdRanges(), set[int]()
+    for first, extra in spans:
+        ranges.add(first, first + extra)
+        ids |= set(range(first, first + extra + 1))
+    assert {one for first, last in ranges for one in range(first, last + 1)} == ids
+    assert len(ranges) == len(ids)
+    assert all((one in ranges) == (one in ids) for one in range(-1, 75))
+    edges = list(ranges)
+    assert all(a[1] + 1 < b[0] for a, b in itertools.pairwise(edges))  # no two ranges touch
+
+
+@given(st.lists(st.tuples(st.integers(-100, 2000), st.integers(0, 50)), max_size=60))
+def test_a_token_bucket_never_lets_more_through_than_its_rate_and_one_burst(
+    steps: list[tuple[int, int]],
+) -> None:
+    bucket, now_ms, latest_ms, taken = TokenBucket(10, 20), 0, 0, 0
+    for step_ms, wanted in steps:
+        now_ms += step_ms
+        latest_ms = max(latest_ms, now_ms)
+        got = min(wanted, int(bucket.available(now_ms * NS_PER_MS)))
+        bucket.take(got)
+        taken += got
+        assert (
+            got >= 0 and taken <= 20 + 10 * latest_ms / 1000 + 10
+        )  # a clock before its start counts from there
+
+
+def _record(counter: int, *, alarm: bool = False, start: int = 2) -> Record:
+    kind, level = ("alarm", Level.ALARM) if alarm else ("telemetry", Level.INFO)
+    return Record(record_id(start, counter), kind, level, b"x")
+
+
+def _drain(rate: int = 1000) -> Drain:
+    return Drain(TokenBucket(rate, rate), TokenBucket(1 << 20, 1 << 20))
+
+
+def _stored(*records: Record):  # type: ignore[no-untyped-def]
+    def read(lane: Lane, after: int, rows: int, _bytes: int) -> tuple[list[Record], int | None]:
+        found = [r for r in sorted(records, key=lambda r: r.id) if r.is_alarm == lane.alarm and r.id > after]
+        return found[:rows], found[:rows][-1].id if found[:rows] else None
+
+    return read
+
+
+def test_alarms_go_before_live_and_live_before_backlog() -> None:
+    old, old_alarm = _record(1, start=1), _record(2, start=1, alarm=True)
+    live, alarm = _record(1), _record(2, alarm=True)
+    drain = _drain()
+    drain.append(live)
+    drain.append(alarm)
+    assert drain.offer(0, 10, _stored(old, old_alarm), 1 << 20) == [alarm, old_alarm, live, old]
+
+
+def test_backlog_waits_for_the_token_bucket_and_live_never_does() -> None:
+    backlog = [_record(n, start=1) for n in range(1, 9)]
+    drain = _drain(rate=2)
+    assert drain.offer(0, 50, _stored(*backlog), 1 << 20) == backlog[:2]
+    live = _record(1)
+    drain.append(live)
+    assert drain.offer(0, 50, _stored(*backlog), 1 << 20) == [live]
+    assert drain.offer(NS_PER_S, 50, _stored(*backlog), 1 << 20) == backlog[2:4]
+
+
+def test_after_the_link_died_everything_in_flight_comes_again_in_order_of_id() -> None:
+    backlog = [_record(n, start=1) for n in range(1, 6)]
+    drain = _drain()
+    first = drain.offer(0, 50, _stored(*backlog), 1 << 20)
+    drain.ack(first[1].id)
+    drain.gone.add(first[1].id)
+    drain.requeue(lambda _one: None)
+    again = drain.offer(0, 50, _stored(*backlog), 1 << 20)
+    assert again == [first[0], *first[2:]]
+
+
+def test_a_late_puback_after_a_requeue_still_counts_once() -> None:
+    record = _record(1)
+    drain = _drain()
+    drain.append(record)
+    drain.offer(0, 1, _stored(), 1 << 20)
+    drain.requeue({record.id: record}.get)
+    assert drain.ack(record.id) is not None
+    assert drain.ack(record.id) is None
+    assert drain.offer(0, 9, _stored(), 1 << 20) == []
+
+
+def test_live_records_that_leave_ram_become_backlog() -> None:
+    live = [_record(n) for n in range(1, 6)]
+    drain = _drain()
+    for record in live:
+        drain.append(record)
+    drain.trim(2, 1 << 20, lambda _one: None)
+    assert drain.fresh_count() == 2
+    assert drain.offer(0, 9, _stored(*live), 1 << 20) == [*live[3:], *live[:3]]
+
+
+@given(st.lists(st.integers(1, 500), max_size=40), st.integers(0, 9000), st.sets(st.integers(0, 40)))
+def test_eviction_takes_the_oldest_and_no_more_than_needed(
+    sizes: list[int], excess: int, kept: set[int]
+) -> None:
+    rows = [StoredRow(n, 1, None, size) for n, size in enumerate(sizes)]
+    picked = pick_oldest(rows, excess, kept.__contains__)
+    candidates = [row for row in rows if row.id not in kept]
+    assert picked == candidates[: len(picked)]
+    assert sum(row.sealed_bytes + 28 for row in picked[:-1]) < max(excess, 1)
+
+
+def test_only_rows_with_a_known_time_and_a_limited_kind_expire() -> None:
+    rows = [
+        StoredRow(1, 1, 100, 9),
+        StoredRow(2, 1, None, 9),
+        StoredRow(3, 2, 100, 9),
+        StoredRow(4, 1, 950, 9),
+    ]
+    assert [row.id for row in pick_expired(rows, 1000, {1: 60}, lambda _one: False)] == [1]
+    assert pick_expired(rows, 1000, {1: 60}, lambda one: one == 1) == []
+
+
+def test_a_clock_is_settled_only_when_it_ran_on_for_a_while_since_its_last_jump() -> None:
+    clock = SettledClock()
+
+    def good(second: int, jump_s: int = 0) -> Now:
+        return Now(second * NS_PER_S, WALL_NS + (second + jump_s) * NS_PER_S, TimeQuality.NTP)
+
+    assert clock.wall_s(good(0)) is None
+    assert clock.wall_s(good(CLOCK_SETTLE_S)) is not None
+    assert clock.wall_s(good(CLOCK_SETTLE_S + 1, jump_s=10**6)) is None
+    assert clock.wall_s(Now(CLOCK_SETTLE_S * NS_PER_S, WALL_NS, TimeQuality.RTC)) is None
+
+
+def test_a_drop_tells_count_bytes_and_the_range_of_ids() -> None:
+    dropped = Dropped("quota")
+    for one in (7, 5, 9):
+        dropped.add(one, 100)
+    assert dropped.body() == {
+        "event": "drop", "cause": "quota", "count": 3, "bytes": 300, "first_id": 5, "last_id": 9,
+    }  # fmt: skip
+
+
+@given(st.integers(0, 1 << 34), st.integers(0, 1 << 34))
+def test_database_and_ballast_never_exceed_the_cap_together(cap: int, database: int) -> None:
+    ballast = size_for(cap, database)
+    assert ballast >= 0 and (ballast == 0 or ballast + database <= cap)
+    assert size_for(cap, database + STEP_BYTES) <= ballast
+    assert size_for(16 << 30, 0) == (16 << 30) - STEP_BYTES
+
+
+def _start(number: int, last_id: int | None, *, clean: int | None = None) -> StartRow:
+    return StartRow(number, b"", b"", clean, last_id, None)
+
+
+def test_a_start_that_left_nothing_passes_on_what_it_may_not_have_told() -> None:
+    assert previous_start([]) is None
+    told = previous_start([_start(1, 9), _start(2, None), _start(3, None)])
+    assert told is not None and told.start == 3
+    assert [one.start for one in told.earlier] == [2, 1]
+    settled = previous_start([_start(1, 9), _start(2, 8), _start(3, 7)])
+    assert settled is not None and settled.earlier == ()
+    quiet = previous_start([_start(1, 9), _start(2, None, clean=1)])
+    assert quiet is not None and quiet.clean and quiet.earlier == ()

@@ -1,0 +1,253 @@
+"""The spool on real files: keys, caps, ballast, lanes, starts. Refusals keep the data and name the mend."""
+
+from __future__ import annotations
+
+import random
+import stat
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tbox.ledger import Ledger
+from tbox.model import NS_PER_S, Draft, Level, Now, Record
+from tbox.spool import schema
+from tbox.spool.ballast import Ballast
+from tbox.spool.meter import WriteMeter
+from tbox.spool.schema import SpoolSchemaError
+from tbox.spool.seal import SpoolKeyError
+from tbox.spool.store import Spool, SpoolError, highest_start_seen
+from tests.crash.workload import Minter, settings
+
+
+class Rig:
+    """A spool with the minter and ledger of its start."""
+
+    def __init__(self, directory: Path, start: int = 1, **changes: Any) -> None:
+        self.minter = Minter(start, random.Random(start))
+        self.ledger = Ledger()
+        self.spool = Spool.open(
+            str(directory), settings(**changes), start=start, mint=self.minter, now=Now(0), ledger=self.ledger
+        )
+
+    def put(self, n: int, fill: int = 100, level: Level = Level.INFO) -> list[Record]:
+        kind = "alarm" if level >= Level.ALARM else "telemetry"
+        records = [self.minter(Draft(kind, level, 0, {"fill": fill})) for _ in range(n)]
+        self.spool.append(records)
+        return records
+
+    def drain(self) -> list[Record]:
+        got: list[Record] = []
+        while batch := self.spool.offer(Now(0), 100):
+            got += batch
+        return got
+
+    def close(self, *, clean: bool = True) -> None:
+        self.spool.close(Now(NS_PER_S), clean=clean, ledger_totals={})
+
+
+def test_what_was_acknowledged_within_the_tick_never_touches_flash(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    before = (tmp_path / "spool.db-wal").read_bytes()
+    for second in range(20):
+        rig.put(5)
+        rig.spool.ack([record.id for record in rig.drain()])
+        rig.spool.tick(Now(second * NS_PER_S))
+    assert (tmp_path / "spool.db-wal").read_bytes() == before
+    assert rig.spool.depth == 0
+    rig.close()
+
+
+def test_nothing_of_a_payload_stands_on_flash_in_clear(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    record = rig.put(1, fill=200)[0]
+    rig.spool.tick(Now(1))
+    rig.close()
+    held = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert record.payload[20:60] not in held
+
+
+def test_the_device_key_is_for_its_owner_only(tmp_path: Path) -> None:
+    Rig(tmp_path).close()
+    key = tmp_path / "device.key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    key.chmod(0o644)
+    with pytest.raises(SpoolKeyError, match="chmod 600"):
+        Rig(tmp_path, 2)
+
+
+@pytest.mark.parametrize("harm", ["missing", "wrong", "short"])
+def test_without_its_key_a_spool_refuses_to_start_and_keeps_the_data(tmp_path: Path, harm: str) -> None:
+    rig = Rig(tmp_path)
+    made = rig.put(4)
+    rig.close()
+    key = tmp_path / "device.key"
+    right = key.read_bytes()
+    if harm == "missing":
+        key.unlink()
+    else:
+        key.write_bytes(bytes(32 if harm == "wrong" else 31))
+    before = (tmp_path / "spool.db").read_bytes()
+    with pytest.raises(SpoolKeyError, match=r"put the .*key"):
+        Rig(tmp_path, 2)
+    assert (tmp_path / "spool.db").read_bytes() == before
+    key.write_bytes(right)
+    key.chmod(0o600)
+    again = Rig(tmp_path, 2)
+    assert again.drain() == made
+    again.close()
+
+
+def test_the_device_key_rotates_without_touching_the_backlog(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    made = rig.put(50)
+    rig.close()
+    (tmp_path / "device.key.next").write_bytes(bytes(range(32)))
+    (tmp_path / "device.key.next").chmod(0o600)
+    again = Rig(tmp_path, 2)
+    assert again.drain() == made
+    assert (tmp_path / "device.key").read_bytes() == bytes(range(32))
+    assert not (tmp_path / "device.key.next").exists()
+    again.close()
+
+
+def test_a_start_number_that_was_used_is_refused(tmp_path: Path) -> None:
+    Rig(tmp_path, 7).close()
+    with pytest.raises(SpoolError, match="raise the start number"):
+        Rig(tmp_path, 7)
+    assert highest_start_seen(str(tmp_path)) == 7
+    assert highest_start_seen(str(tmp_path / "none")) == 0
+
+
+def test_over_the_cap_the_oldest_routine_goes_first_and_the_drop_says_so(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, quota_bytes=256 * 1024)
+    made: list[Record] = []
+    alarms: list[Record] = []
+    for second in range(60):
+        made += rig.put(10, fill=700)
+        alarms += rig.put(1, level=Level.CRITICAL)
+        rig.spool.tick(Now(second * NS_PER_S))
+        assert rig.spool.stat()["used_bytes"] <= 256 * 1024
+        rig.ledger.check()
+    got = {record.id for record in rig.drain()}
+    assert {record.id for record in alarms} <= got
+    kept = [record.id for record in made if record.id in got]
+    assert kept == [record.id for record in made][-len(kept) :]
+    drops = [msgspec.msgpack.decode(r.payload) for r in rig.minter.minted if r.kind == "event"]
+    assert sum(drop["count"] for drop in drops) == len(made) - len(kept)
+    assert rig.spool.stat()["dropped"] == {"quota": len(made) - len(kept)}
+    rig.close()
+
+
+def test_alarms_are_evicted_only_when_nothing_else_is_left(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, quota_bytes=128 * 1024)
+    rig.put(20, fill=500)
+    for second in range(30):
+        rig.put(10, fill=700, level=Level.CRITICAL)
+        rig.spool.tick(Now(second * NS_PER_S))
+    got = rig.drain()
+    assert not [record for record in got if record.kind == "telemetry"]
+    assert rig.spool.stat()["used_bytes"] <= 128 * 1024
+    rig.ledger.check()
+    rig.close()
+
+
+def test_what_is_in_flight_is_not_evicted(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, quota_bytes=128 * 1024)
+    rig.put(20, fill=700)
+    flying = rig.spool.offer(Now(0), 10)
+    for second in range(30):
+        rig.put(10, fill=700)
+        rig.spool.tick(Now(second * NS_PER_S))
+    rig.spool.requeue()
+    assert {record.id for record in flying} <= {record.id for record in rig.drain()}
+    rig.close()
+
+
+def test_a_changed_configuration_erases_nothing_that_still_fits(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    made = rig.put(30)
+    rig.close()
+    again = Rig(tmp_path, 2, quota_bytes=10 << 20, live_records_max=50, age_max_h={"telemetry": 1})
+    assert again.drain() == made
+    again.close()
+
+
+def test_a_backlog_of_earlier_starts_is_counted_in_portions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path, quota_bytes=1 << 24)
+    rig.put(300, fill=10)
+    rig.put(3, level=Level.ALARM)
+    rig.close()
+    monkeypatch.setattr("tbox.spool.store.COUNT_ROWS_AT_OPEN", 50)
+    monkeypatch.setattr("tbox.spool.store.COUNT_ROWS_PER_TICK", 40)
+    again = Rig(tmp_path, 2, quota_bytes=1 << 24)
+    assert again.spool.depth < 303 and not again.spool.stat()["counted"]
+    acked = again.spool.offer(Now(0), 120)
+    again.spool.ack([record.id for record in acked])
+    for second in range(20):
+        again.spool.tick(Now(second * NS_PER_S))
+        again.ledger.check()
+    assert again.spool.depth == 303 - 120 and again.spool.stat()["counted"]
+    assert again.ledger.snapshot()["spool"]["into"] == 303
+    again.close()
+
+
+def test_a_newer_step_of_the_family_opens_and_another_family_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path)
+    made = rig.put(3)
+    rig.close()
+
+    def add(db: Any) -> None:
+        db["alarm"].add_column("later", int)
+
+    with monkeypatch.context() as newer:
+        newer.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, add))
+        Rig(tmp_path, 2).close()
+    rolled_back = Rig(tmp_path, 3)
+    assert rolled_back.drain() == made
+    rolled_back.close()
+    monkeypatch.setattr(schema, "FAMILY", 2)
+    with pytest.raises(SpoolSchemaError, match="run the release that wrote it"):
+        Rig(tmp_path, 4)
+
+
+def test_the_ballast_holds_the_room_and_gives_it_to_the_database(tmp_path: Path) -> None:
+    cap = 8 << 20
+    rig = Rig(tmp_path, quota_bytes=cap, ballast=True)
+    held = rig.spool.stat()["ballast_bytes"]
+    if not held:
+        rig.close()
+        pytest.skip("this file system cannot reserve room")
+    assert held == (tmp_path / "ballast").stat().st_size >= cap - (3 << 20)
+    for second in range(12):
+        rig.put(20, fill=20_000)
+        rig.spool.tick(Now(second * NS_PER_S))
+    size = (tmp_path / "ballast").stat().st_size
+    assert size < held and size + (tmp_path / "spool.db").stat().st_size <= cap
+    rig.close()
+
+
+def test_a_file_system_that_cannot_reserve_leaves_no_ballast_and_says_why(tmp_path: Path) -> None:
+    def refuse(_path: str, _size: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    ballast = Ballast(str(tmp_path), 8 << 20, refuse)
+    ballast.fit(0, grow=True)
+    assert ballast.size_bytes == 0 and ballast.shortfall == "Operation not supported"
+
+
+def test_flash_bytes_are_counted_for_the_day() -> None:
+    written = iter([0, 0, 4096, 4096, 12288])
+    meter = WriteMeter(lambda: next(written))
+    day_ns = 86_400 * NS_PER_S
+    with meter.measure(Now(0, 20 * day_ns)):
+        pass
+    assert (meter.total_bytes, meter.today_bytes) == (4096, 4096)
+    with meter.measure(Now(0, 21 * day_ns)):
+        pass
+    assert (meter.total_bytes, meter.today_bytes) == (12288, 8192)
