@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 
 import tbox
@@ -80,7 +81,9 @@ def build_stages(config: Config, ledger: Ledger) -> tuple[DecodeStage, EdgeStage
         log.error("dbc_left_out", why=str(error))
     roles = RoleMap.load(config.decode.mapping, defaults=config.decode.default_mapping)
     decode = DecodeStage(database, roles, ledger, config.decode)
-    return decode, EdgeStage(decode.catalog, read_rules(config), config.edge, ledger)
+    estimators = msgspec.structs.replace(config.edge.estimators, chemistry=config.rules.chemistry)
+    settings = msgspec.structs.replace(config.edge, estimators=estimators)
+    return decode, EdgeStage(decode.catalog, read_rules(config), settings, ledger)
 
 
 def _told(previous: PreviousStart) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Runs the shipped daemon, the simulated vehicle and a judge at a real mosquitto. Tests use it; it tests not."""
+"""Runs the shipped daemon, the simulated vehicle and a judge at a real broker, for tests and benches."""
 
 from __future__ import annotations
 
@@ -85,6 +85,11 @@ port = {port}
             )
         wait_for("the daemon answers", lambda: self._alive() and self.status())
         return self
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def status(self) -> dict[str, Any]:
         with contextlib.suppress(ControlError):

@@ -40,7 +40,7 @@ class BusWriter:
             raise NotAllowed(
                 f"frame {frame.can_id:X} may not be sent",
                 where=self._reader.name,
-                mend="list its id under allow_ids of the bus if it may",
+                mend="list its id under send of the [[bus]] if it may",
             )
         try:
             self._reader.send(frame)

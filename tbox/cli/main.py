@@ -8,6 +8,7 @@ import sys
 
 import click
 
+from tbox import log
 from tbox.errors import TboxError
 
 # numpy's linear algebra is not used: its worker threads would only cost memory.
@@ -57,6 +58,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line. Exit 0: success; 1: the answer is no; 2: bad input. Never a traceback."""
+    log.set_up("warning")  # standard output is for answers
     try:
         # Outside its standalone mode click returns the code of an Exit instead of raising it.
         sys.exit(cli.main(standalone_mode=False))
