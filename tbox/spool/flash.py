@@ -130,12 +130,11 @@ class Flash:
             self._db.execute("ROLLBACK")
         self._look()
 
-    def insert(self, lane: Lane, rows: Iterable[Row]) -> None:
+    def insert(self, lane: Lane, rows: Sequence[Row]) -> None:
         """Add rows; one that is there already stays as it is, so a commit in doubt may be repeated."""
-        batch = list(rows)
-        newest = max((row.id for row in batch), default=0)
-        for at in range(0, len(batch), INSERT_ROWS):
-            part = batch[at : at + INSERT_ROWS]
+        newest = max((row.id for row in rows), default=0)
+        for at in range(0, len(rows), INSERT_ROWS):
+            part = rows[at : at + INSERT_ROWS]
             values = ", ".join(["(?, ?, ?, ?, ?)"] * len(part))
             sql = f"INSERT OR IGNORE INTO {lane.name} (id, kind, level, at, sealed) VALUES {values}"
             self._db.execute(sql, [value for row in part for value in row])

@@ -126,10 +126,13 @@ class Drain:
         self._again: dict[int, Lane] = {}  # was in flight when the link died; a late PUBACK still counts
         self.gone = IdRanges()  # acknowledged or evicted, and still on flash
 
-    def append(self, record: Record) -> None:
-        state = self._lanes[lane_of(record)]
+    def append(self, record: Record) -> Lane:
+        """Take a new record; return the lane it goes by."""
+        lane = lane_of(record)
+        state = self._lanes[lane]
         state.fresh[record.id] = record
         state.fresh_bytes += len(record.payload)
+        return lane
 
     def offer(self, mono_ns: int, room: int, read: Reader, bytes_max: int) -> list[Record]:
         """Return at most `room` records in drain order and mark them in flight."""
@@ -202,13 +205,13 @@ class Drain:
 
     def trim(self, records_max: int, bytes_max: int, in_open_tick: Callable[[int], Record | None]) -> None:
         """Let the oldest live records that are safe on flash leave RAM; they become backlog."""
-        for lane, state in self._lanes.items():
+        for state in self._lanes.values():
             for one in list(state.fresh):
                 if len(state.fresh) <= records_max and state.fresh_bytes <= bytes_max:
                     break
                 if in_open_tick(one) is None:
-                    self._forget(one)
-                    self.rewind(lane, one)
+                    state.fresh_bytes -= len(state.fresh.pop(one).payload)
+                    state.cursor = min(state.cursor, one - 1)
 
     def drop(self, ids: Iterable[int]) -> None:
         """These records will not be sent any more."""

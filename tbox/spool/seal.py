@@ -6,6 +6,7 @@ level are authenticated with it. Rotating the device key rewraps a few data keys
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import stat
@@ -59,7 +60,12 @@ def _nonce(record_id: int) -> bytes:
 
 
 def _aad(record_id: int, kind: str, level: int) -> bytes:
-    return b"%d %d %s" % (record_id, level, kind.encode())
+    return _class_of(kind, level) + record_id.to_bytes(8, "big")
+
+
+@functools.lru_cache(maxsize=64)
+def _class_of(kind: str, level: int) -> bytes:
+    return f"{kind} {level} ".encode()
 
 
 class Sealer:

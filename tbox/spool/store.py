@@ -230,9 +230,8 @@ class Spool:
         for record in records:
             self._open[record.id] = record
             self._open_bytes += len(record.payload)
-            self._alarm_waits |= record.is_alarm
-            self._highest_id = max(self._highest_id, record.id)
-            self._drain.append(record)
+            self._alarm_waits |= self._drain.append(record).alarm
+        self._highest_id = max(self._highest_id, *(record.id for record in records), 0)
         self._account.into += len(records)
         self._account.held += len(records)
         if self._open_bytes > self._settings.ram_bytes_max:
@@ -384,9 +383,11 @@ class Spool:
     def _insert(self, flash: Flash, records: Sequence[Record], now: Now) -> None:
         assert self._keys is not None
         at_s = trusted_wall_s(now)
-        for lane in LANES:
-            mine = [record for record in records if lane_of(record) is lane]
-            flash.insert(lane, (self._sealed(self._keys, record, at_s) for record in mine))
+        by_lane: dict[Lane, list[Row]] = {lane: [] for lane in LANES}
+        for record in records:
+            by_lane[lane_of(record)].append(self._sealed(self._keys, record, at_s))
+        for lane, rows in by_lane.items():
+            flash.insert(lane, rows)
 
     @staticmethod
     def _sealed(keys: Keyring, record: Record, at_s: int | None) -> Row:

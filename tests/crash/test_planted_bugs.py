@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -110,7 +110,7 @@ def drop_record_counts_one_too_few() -> Any:
 def alarms_in_a_transaction_of_their_own() -> Any:
     original = Flash.insert
 
-    def insert(self: Flash, lane: Lane, rows: Iterable[Row]) -> None:
+    def insert(self: Flash, lane: Lane, rows: Sequence[Row]) -> None:
         original(self, lane, rows)
         if lane.alarm:
             self.commit()
