@@ -1,0 +1,590 @@
+"""The TUF client workflow as a core: bytes and the time come in, verified metadata stays. No IO, no clock.
+
+`refresh` and `find_target` are generators that yield the file they want next (`Want`) and are sent its bytes,
+or None when the server has no such file. Signatures are counted by key material, never by key id, so that
+one key cannot count twice. What was seen once is a floor that holds even when every cached file is lost.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from urllib.parse import quote
+
+import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
+from msgspec import Meta
+from securesystemslib.exceptions import UnverifiedSignatureError
+from securesystemslib.signer import Key, SSlibKey
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import (
+    Metadata,
+    MetaFile,
+    Role,
+    Root,
+    Signed,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+
+from tbox.errors import Refused
+
+# Sizes as python-tuf's client has them by default: generous for every repository met so far.
+ROOT_BYTES_MAX = 512_000
+TIMESTAMP_BYTES_MAX = 16_384
+SNAPSHOT_BYTES_MAX = 2_000_000
+TARGETS_BYTES_MAX = 5_000_000
+ROOT_ROTATIONS_MAX = 256  # new roots taken in one refresh
+ROLES_VISITED_MAX = 32  # delegated roles looked at for one target
+DELEGATION_DEPTH_MAX = 8
+ROLES_KEPT_MAX = 64  # target roles kept and given a floor
+KEYS_MAX = 64  # of one role, and signatures of one file
+ROLE_NAME_CHARS_MAX = 80
+TARGET_PATH_CHARS_MAX = 400
+VERSION_MAX = (1 << 53) - 1  # beyond it JSON readers disagree about an integer
+RSA_BITS_MIN, RSA_BITS_MAX = 2048, 4096
+
+# (key type, scheme) that may count. Ed25519 and RSA-PSS are what our publisher makes; the others are what
+# repositories of the field carry.
+SCHEMES = frozenset(
+    {
+        ("ed25519", "ed25519"),
+        ("rsa", "rsassa-pss-sha256"),
+        ("rsa", "rsa-pkcs1v15-sha256"),
+        ("ecdsa", "ecdsa-sha2-nistp256"),
+        ("ecdsa", "ecdsa-sha2-nistp384"),
+        ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp256"),  # as old repositories name the type
+    }
+)
+HASHES = ("sha256", "sha384", "sha512")
+
+ROOT, TIMESTAMP, SNAPSHOT, TARGETS = "root", "timestamp", "snapshot", "targets"
+TOP_LEVEL = frozenset({ROOT, TIMESTAMP, SNAPSHOT, TARGETS})
+
+
+class MetadataError(Refused):
+    """The metadata does not hold: malformed, not signed by enough keys, replayed, expired, too big."""
+
+
+class Want(NamedTuple):
+    """The next file wanted, as a path below the metadata URL; more than length_max bytes is an error."""
+
+    path: str
+    length_max: int
+
+
+T = TypeVar("T", Root, Timestamp, Snapshot, Targets)
+R = TypeVar("R")
+Steps = Generator[Want, bytes | None, R]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Generic[T]):
+    """One metadata file: as served, as parsed, and the canonical bytes that its signatures cover."""
+
+    role: str
+    raw: bytes
+    signed: T
+    covered: bytes
+    signatures: Mapping[str, Any]
+
+    @property
+    def version(self) -> int:
+        version: int = self.signed.version
+        return version
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the signed content: signing anew does not change it."""
+        return hashlib.sha256(self.covered).hexdigest()
+
+
+# --- parsing and signatures ----------------------------------------------------------------------------
+
+
+def parse(kind: type[T], role: str, raw: bytes) -> Loaded[T]:
+    """Return what the bytes say, unverified. Raises MetadataError on anything but well-formed metadata."""
+    try:
+        found: Metadata[Any] = Metadata.from_bytes(raw)
+        if type(found.signed) is not kind:
+            raise MetadataError(f"is of type {found.signed.type}", where=_file(role))
+        covered = found.signed_bytes
+        if len(found.signatures) > KEYS_MAX:
+            raise MetadataError(f"more than {KEYS_MAX} signatures", where=_file(role))
+        _check_version(found.signed.version, role)
+        return Loaded(role, raw, found.signed, covered, found.signatures)
+    except (RepositoryError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise MetadataError(f"malformed: {type(error).__name__} {error}"[:200], where=_file(role)) from None
+
+
+def _check_version(version: Any, role: str) -> None:
+    if type(version) is not int or not 1 <= version <= VERSION_MAX:
+        raise MetadataError(f"version is not a number from 1 to {VERSION_MAX}", where=_file(role))
+
+
+def _file(role: str) -> str:
+    return f"{role[:ROLE_NAME_CHARS_MAX]}.json"
+
+
+@functools.lru_cache(maxsize=256)
+def _fingerprint(keytype: str, scheme: str, public: str) -> str:
+    """Return the digest of the key itself, "" for one that may not count."""
+    if (keytype, scheme) not in SCHEMES:
+        return ""
+    try:
+        if keytype == "ed25519":
+            return hashlib.sha256(bytes.fromhex(public)).hexdigest()
+        key = load_pem_public_key(public.encode())
+        if isinstance(key, RSAPublicKey) and not RSA_BITS_MIN <= key.key_size <= RSA_BITS_MAX:
+            return ""
+        der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return ""
+    return hashlib.sha256(der).hexdigest()
+
+
+def fingerprint(key: Key) -> str:
+    """Return what identifies a key whatever its id says, "" when it may not count."""
+    if not isinstance(key, SSlibKey):
+        return ""
+    return _fingerprint(key.keytype, key.scheme, key.keyval["public"])
+
+
+class Authority(NamedTuple):
+    """Who may sign a role: the keys that count, and how many of them it takes."""
+
+    keys: tuple[Key, ...]
+    threshold: int
+
+    def prints(self) -> frozenset[str]:
+        return frozenset(filter(None, map(fingerprint, self.keys)))
+
+    def signers(self, loaded: Loaded[Any]) -> frozenset[str]:
+        """Return the fingerprints of the keys whose signature holds. Raises MetadataError below threshold."""
+        good = set()
+        for key in self.keys:
+            print_, signature = fingerprint(key), loaded.signatures.get(key.keyid)
+            if not print_ or signature is None or print_ in good:
+                continue
+            try:
+                key.verify_signature(signature, loaded.covered)
+            except UnverifiedSignatureError:
+                continue
+            good.add(print_)
+        if len(good) < self.threshold:
+            raise MetadataError(
+                f"signed by {len(good)} of the {self.threshold} keys it takes", where=_file(loaded.role)
+            )
+        return frozenset(good)
+
+
+def _authority(keys: Mapping[str, Key], role: Role) -> Authority:
+    if len(role.keyids) > KEYS_MAX:
+        raise MetadataError(f"a role with more than {KEYS_MAX} keys")
+    return Authority(tuple(keys[keyid] for keyid in role.keyids if keyid in keys), role.threshold)
+
+
+def root_authority(root: Root, role: str) -> Authority:
+    return _authority(root.keys, root.roles[role])
+
+
+def _delegated_authority(delegator: Targets, role: str) -> Authority:
+    found = delegator.delegations
+    entry: Role | None = None
+    if found is not None and found.succinct_roles is not None:
+        entry = found.succinct_roles if found.succinct_roles.is_delegated_role(role) else None
+    elif found is not None and found.roles is not None:
+        entry = found.roles.get(role)
+    if found is None or entry is None:
+        raise MetadataError("is not delegated to", where=_file(role))
+    return _authority(found.keys, entry)
+
+
+def matches(data: bytes, length: int | None, hashes: Mapping[str, str] | None) -> bool:
+    """Whether the bytes are those that signed metadata tells of; no hash of a kind we know is a no."""
+    if length is not None and len(data) != length:
+        return False
+    if hashes is None:
+        return True
+    known = {name: value for name, value in hashes.items() if name in HASHES}
+    return bool(known) and all(hashlib.new(name, data).hexdigest() == value for name, value in known.items())
+
+
+# --- floors --------------------------------------------------------------------------------------------
+
+Version = Annotated[int, Meta(ge=1, le=VERSION_MAX)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+RoleName = Annotated[str, Meta(max_length=ROLE_NAME_CHARS_MAX)]
+
+
+class Floor(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The newest content seen of a role, and whose signatures made it count.
+
+    meta: versions it names of other files. When the role's keys are replaced so that these signers would no
+    longer suffice, the floor lapses: that is how a repository recovers from stolen keys that were used to
+    run a version up (TUF 5.3.11).
+    """
+
+    version: Version
+    sha256: Sha256
+    signers: Annotated[tuple[Sha256, ...], Meta(max_length=KEYS_MAX)]
+    meta: Annotated[dict[str, Version], Meta(max_length=ROLES_KEPT_MAX)] = {}
+
+
+class Floors(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What may never be gone below, whatever became of the cached metadata."""
+
+    format: Annotated[int, Meta(ge=1, le=1)] = 1
+    root: Floor | None = None
+    roles: Annotated[dict[RoleName, Floor], Meta(max_length=ROLES_KEPT_MAX)] = {}
+
+
+def _holds(floor: Floor, authority: Authority) -> bool:
+    return len(authority.prints() & frozenset(floor.signers)) >= authority.threshold
+
+
+def _check_floor(loaded: Loaded[Any], meta: Mapping[str, MetaFile], floor: Floor) -> None:
+    """Raise MetadataError when this is older than what was seen, or is it in other words."""
+    where = _file(loaded.role)
+    if loaded.version < floor.version:
+        raise MetadataError(f"version {loaded.version} is older than {floor.version}", where=where)
+    if loaded.version == floor.version and loaded.sha256 != floor.sha256:
+        raise MetadataError(f"version {loaded.version} was seen with other content", where=where)
+    for name, version in floor.meta.items():
+        if name not in meta:
+            raise MetadataError(f"tells no more of {name}", where=where)
+        if meta[name].version < version:
+            raise MetadataError(f"{name} went from {version} to {meta[name].version}", where=where)
+
+
+def _meta_of(signed: Signed) -> dict[str, MetaFile]:
+    if isinstance(signed, Timestamp):
+        return {"snapshot.json": signed.snapshot_meta}
+    return signed.meta if isinstance(signed, Snapshot) else {}
+
+
+# --- the trusted set -----------------------------------------------------------------------------------
+
+
+class TrustedSet:
+    """What is trusted now. Every method verifies before it keeps; what it refuses changes nothing.
+
+    root: the first root, embedded in the device. cached: what an earlier refresh kept, by role; each file is
+    verified anew under the keys of now, and one that does not hold is as if it were not there.
+    """
+
+    def __init__(
+        self,
+        root: bytes,
+        *,
+        cached_roots: tuple[bytes, ...] = (),
+        cached: Mapping[str, bytes] | None = None,
+        floors: Floors | None = None,
+    ) -> None:
+        self.floors = floors or Floors()
+        self.root: Loaded[Root] = _self_signed(root)
+        self.roots: list[bytes] = [root]  # from the embedded one to the newest
+        self.timestamp: Loaded[Timestamp] | None = None
+        self.snapshot: Loaded[Snapshot] | None = None
+        self.targets: dict[tuple[str, str], Loaded[Targets]] = {}  # by (delegator, role)
+        self.kept: dict[str, bytes] = dict(cached or {})
+        for raw in cached_roots:
+            try:
+                self.update_root(raw)
+            except MetadataError:
+                break
+        self.kept[ROOT] = self.root.raw
+
+    # --- one file each -------------------------------------------------------------------------------
+
+    def update_root(self, raw: bytes) -> None:
+        """Take the next root: signed by enough of the old keys and by enough of its own."""
+        if len(raw) > ROOT_BYTES_MAX:
+            raise MetadataError("is too big", where=_file(ROOT))
+        new = parse(Root, ROOT, raw)
+        if new.version != self.root.version + 1:
+            raise MetadataError(f"version {new.version} follows {self.root.version}", where=_file(ROOT))
+        root_authority(self.root.signed, ROOT).signers(new)
+        self.root = _self_signed(raw)
+        self.roots.append(raw)
+        self.kept[ROOT] = raw
+
+    def check_root(self, now: datetime) -> None:
+        """Raise MetadataError unless the newest root is valid now and none older than one seen before."""
+        floor = self.floors.root
+        if floor is not None and self.root.version < floor.version:
+            raise MetadataError(
+                f"version {self.root.version} is older than {floor.version}", where=_file(ROOT)
+            )
+        if floor is not None and self.root.version == floor.version and self.root.sha256 != floor.sha256:
+            raise MetadataError(f"version {self.root.version} was seen with other content", where=_file(ROOT))
+        signers = root_authority(self.root.signed, ROOT).signers(self.root)
+        self.floors = msgspec.structs.replace(self.floors, root=_floor_of(self.root, signers, {}))
+        _check_expiry(self.root, now)
+
+    def load_cached(self) -> None:
+        """Take up the timestamp and snapshot kept before, if they still hold under the root of now."""
+        self.timestamp = self._cached(Timestamp, TIMESTAMP)
+        self.snapshot = self._cached(Snapshot, SNAPSHOT)
+
+    def _cached(self, kind: type[T], role: str) -> Loaded[T] | None:
+        if role not in self.kept:
+            return None
+        try:
+            loaded = parse(kind, role, self.kept[role])
+            signers = self._verify(loaded, root_authority(self.root.signed, role))
+        except MetadataError:
+            return None
+        self._keep(loaded, signers)
+        return loaded
+
+    def _verify(self, loaded: Loaded[Any], authority: Authority) -> frozenset[str]:
+        """Check signatures and the floor; return who signed."""
+        signers = authority.signers(loaded)
+        meta = _meta_of(loaded.signed)
+        for name, file in meta.items():
+            _check_version(file.version, name)
+        floor = self.floors.roles.get(loaded.role)
+        if floor is not None and _holds(floor, authority):
+            _check_floor(loaded, meta, floor)
+        return signers
+
+    def update_timestamp(self, raw: bytes, now: datetime) -> bool:
+        """Take a timestamp; False when its version is the one already held, which then stays.
+
+        The one held may have expired and is then refused, whatever was served.
+        """
+        new = parse(Timestamp, TIMESTAMP, raw)
+        authority = root_authority(self.root.signed, TIMESTAMP)
+        signers = authority.signers(new)
+        if self.timestamp is not None and new.version == self.timestamp.version:
+            _check_expiry(self.timestamp, now)
+            return False
+        self._verify(new, authority)
+        _check_expiry(new, now)
+        self.timestamp = new
+        self._keep(new, signers)
+        return True
+
+    def snapshot_is_final(self, now: datetime) -> bool:
+        """Whether the snapshot held is the one that the timestamp names. Raises MetadataError if it expired
+        or was seen with other content."""
+        assert self.timestamp is not None
+        meta = self.timestamp.signed.snapshot_meta
+        if self.snapshot is None or self.snapshot.version != meta.version:
+            return False
+        if not matches(self.snapshot.raw, meta.length, meta.hashes):
+            return False  # signed anew, or other content: what is served will tell
+        _check_expiry(self.snapshot, now)
+        return True
+
+    def update_snapshot(self, raw: bytes, now: datetime) -> None:
+        """Take the snapshot that the timestamp names."""
+        assert self.timestamp is not None
+        meta = self.timestamp.signed.snapshot_meta
+        if not matches(raw, meta.length, meta.hashes):
+            raise MetadataError("is not the file that timestamp.json tells of", where=_file(SNAPSHOT))
+        new = parse(Snapshot, SNAPSHOT, raw)
+        signers = self._verify(new, root_authority(self.root.signed, SNAPSHOT))
+        if self.snapshot is not None:
+            versions = {name: file.version for name, file in self.snapshot.signed.meta.items()}
+            _check_floor(new, new.signed.meta, _floor_of(self.snapshot, frozenset(), versions))
+        if new.version != meta.version:
+            raise MetadataError(
+                f"version {new.version}, and timestamp.json tells of {meta.version}", where=_file(SNAPSHOT)
+            )
+        _check_expiry(new, now)
+        self.snapshot = new
+        self._keep(new, signers)
+
+    def _named_by(self, signed: Signed) -> dict[str, int]:
+        """Return the versions it names that are worth remembering: of the roles this device uses."""
+        meta = _meta_of(signed)
+        roles = [SNAPSHOT, TARGETS, *(role for role in self.kept if role not in TOP_LEVEL)]
+        names = [f"{role}.json" for role in roles[:ROLES_KEPT_MAX]]
+        return {name: meta[name].version for name in names if name in meta}
+
+    def targets_meta(self, role: str) -> MetaFile:
+        """Return what the snapshot tells of a target role."""
+        assert self.snapshot is not None
+        meta = self.snapshot.signed.meta.get(f"{role}.json")
+        if meta is None:
+            raise MetadataError("snapshot.json does not tell of it", where=_file(role))
+        return meta
+
+    def update_targets(self, raw: bytes, role: str, delegator: str, now: datetime) -> None:
+        """Take a target role that `delegator` (a target role trusted already, or root) delegates to."""
+        meta = self.targets_meta(role)
+        if not matches(raw, meta.length, meta.hashes):
+            raise MetadataError("is not the file that snapshot.json tells of", where=_file(role))
+        new = parse(Targets, role, raw)
+        signers = self._verify(new, self._targets_authority(role, delegator))
+        if new.version != meta.version:
+            raise MetadataError(
+                f"version {new.version}, and snapshot.json tells of {meta.version}", where=_file(role)
+            )
+        _check_expiry(new, now)
+        self.targets[delegator, role] = new
+        self._keep(new, signers)
+
+    def _targets_authority(self, role: str, delegator: str) -> Authority:
+        if delegator == ROOT:
+            return root_authority(self.root.signed, role)
+        return _delegated_authority(self.role(delegator).signed, role)
+
+    def role(self, role: str) -> Loaded[Targets]:
+        """Return a target role that was taken, whoever delegated it."""
+        return next(loaded for (_, name), loaded in self.targets.items() if name == role)
+
+    def _keep(self, loaded: Loaded[Any], signers: frozenset[str]) -> None:
+        """Remember a file that was verified, and raise the floor.
+
+        Target roles have no floor of their own: the snapshot's holds their versions, and lapses with it.
+        """
+        role, roles = loaded.role, self.floors.roles
+        if role not in self.kept and len(self.kept) >= ROLES_KEPT_MAX:
+            return
+        self.kept[role] = loaded.raw
+        if role in (TIMESTAMP, SNAPSHOT):
+            roles = roles | {role: _floor_of(loaded, signers, self._named_by(loaded.signed))}
+        elif self.snapshot is not None and SNAPSHOT in roles:
+            # A role used for the first time joins what the snapshot's floor remembers.
+            meta = roles[SNAPSHOT].meta | self._named_by(self.snapshot.signed)
+            roles = roles | {SNAPSHOT: msgspec.structs.replace(roles[SNAPSHOT], meta=meta)}
+        self.floors = msgspec.structs.replace(self.floors, roles=roles)
+
+
+def _self_signed(raw: bytes) -> Loaded[Root]:
+    root = parse(Root, ROOT, raw)
+    root_authority(root.signed, ROOT).signers(root)
+    return root
+
+
+def _floor_of(loaded: Loaded[Any], signers: frozenset[str], meta: dict[str, int]) -> Floor:
+    return Floor(version=loaded.version, sha256=loaded.sha256, signers=tuple(sorted(signers)), meta=meta)
+
+
+def _check_expiry(loaded: Loaded[Any], now: datetime) -> None:
+    if loaded.signed.is_expired(now):
+        raise MetadataError(
+            f"version {loaded.version} expired on {loaded.signed.expires:%Y-%m-%d %H:%M} UTC",
+            where=_file(loaded.role),
+            mend="publish it anew, or set the clock",
+        )
+
+
+# --- the workflow --------------------------------------------------------------------------------------
+
+
+def refresh(trusted: TrustedSet, now: datetime) -> Steps[None]:
+    """Bring the top-level roles up to date, in the order of the specification (TUF 5.3 to 5.6)."""
+    yield from _refresh_root(trusted)
+    trusted.check_root(now)
+    trusted.load_cached()
+    trusted.update_timestamp((yield from _need("timestamp.json", TIMESTAMP_BYTES_MAX)), now)
+    yield from _refresh_snapshot(trusted, now)
+    yield from load_role(trusted, TARGETS, ROOT, now)
+
+
+def _need(path: str, length_max: int) -> Steps[bytes]:
+    raw = yield Want(path, length_max)
+    if raw is None:
+        raise MetadataError("the repository does not have it", where=path)
+    return raw
+
+
+def _refresh_root(trusted: TrustedSet) -> Steps[None]:
+    for _ in range(ROOT_ROTATIONS_MAX):
+        raw = yield Want(f"{trusted.root.version + 1}.root.json", ROOT_BYTES_MAX)
+        if raw is None:
+            return
+        trusted.update_root(raw)
+
+
+def _refresh_snapshot(trusted: TrustedSet, now: datetime) -> Steps[None]:
+    if trusted.snapshot_is_final(now):
+        return
+    assert trusted.timestamp is not None
+    meta = trusted.timestamp.signed.snapshot_meta
+    path = _versioned(trusted, SNAPSHOT, meta.version)
+    raw = yield from _need(path, _length_max(meta, SNAPSHOT_BYTES_MAX))
+    trusted.update_snapshot(raw, now)
+
+
+def _versioned(trusted: TrustedSet, role: str, version: int) -> str:
+    name = f"{quote(role, safe='')}.json"
+    return f"{version}.{name}" if trusted.root.signed.consistent_snapshot else name
+
+
+def _length_max(meta: MetaFile, limit: int) -> int:
+    return min(meta.length, limit) if meta.length is not None else limit
+
+
+def load_role(trusted: TrustedSet, role: str, delegator: str, now: datetime) -> Steps[Targets]:
+    """Return a target role: as taken before, or from the cache if the snapshot names that, or as served."""
+    if (delegator, role) in trusted.targets:
+        return trusted.targets[delegator, role].signed
+    if len(role) > ROLE_NAME_CHARS_MAX:
+        raise MetadataError("role name is too long", where=_file(role))
+    if role in trusted.kept:
+        try:
+            trusted.update_targets(trusted.kept[role], role, delegator, now)
+            return trusted.targets[delegator, role].signed
+        except MetadataError:
+            pass  # outdated, expired or of other keys; what is served must hold
+    meta = trusted.targets_meta(role)
+    path = _versioned(trusted, role, meta.version)
+    raw = yield from _need(path, _length_max(meta, TARGETS_BYTES_MAX))
+    trusted.update_targets(raw, role, delegator, now)
+    return trusted.targets[delegator, role].signed
+
+
+class Found(NamedTuple):
+    """A target and the chain of roles that vouches for it, from "targets" down."""
+
+    file: TargetFile
+    roles: tuple[str, ...]
+
+
+def find_target(trusted: TrustedSet, path: str, now: datetime) -> Steps[Found | None]:
+    """Look a target up: pre-order, in the order of the delegations, a terminating one ends the search.
+
+    Raises MetadataError when a role on the way does not hold, or the search exceeds its limits.
+    """
+    if len(path) > TARGET_PATH_CHARS_MAX:
+        raise MetadataError(f"target path is longer than {TARGET_PATH_CHARS_MAX}", where=path[:80])
+    stack: list[tuple[str, ...]] = [(TARGETS,)]
+    visited: set[str] = set()
+    while stack:
+        chain = stack.pop()
+        role = chain[-1]
+        if role in visited:
+            continue
+        if len(visited) > ROLES_VISITED_MAX or len(chain) > DELEGATION_DEPTH_MAX:
+            raise MetadataError("too many delegations", where=path)
+        visited.add(role)
+        targets = yield from load_role(trusted, role, chain[-2] if len(chain) > 1 else ROOT, now)
+        if path in targets.targets:
+            return Found(targets.targets[path], chain)
+        children = []
+        for child, terminating in _delegations(targets, path):
+            children.append((*chain, child))
+            if terminating:
+                stack = []
+                break
+        stack.extend(reversed(children))
+    return None
+
+
+def _delegations(targets: Targets, path: str) -> Iterator[tuple[str, bool]]:
+    """Yield (role, terminating) of those a path is delegated to."""
+    if targets.delegations is not None:
+        yield from targets.delegations.get_roles_for_target(path)

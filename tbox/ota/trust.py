@@ -1,0 +1,207 @@
+"""The update client's trust: refreshes and keeps TUF metadata, finds targets, answers to the boot loader.
+
+The decisions are `metadata.py`'s; this is the shell around them, over any source of files and any storage.
+`python -m tbox.ota.trust` lets a stock TUF client-conformance suite drive exactly this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+
+from tuf.api.metadata import TargetFile
+
+from tbox.durable import OsStorage, Storage
+from tbox.errors import Refused, TboxError
+from tbox.ota import metadata
+from tbox.ota.fetch import Http
+from tbox.ota.metadata import HASHES, Found, Steps, TrustedSet
+from tbox.ota.truststore import TrustStore
+
+R = TypeVar("R")
+
+# Returns the file at a path below the metadata URL, of at most so many bytes; None when there is none.
+Fetch = Callable[[str, int], bytes | None]
+
+
+def drive(steps: Steps[R], fetch: Fetch) -> R:
+    """Run a workflow to its end with files from `fetch`. Raises what either raises."""
+    answer: bytes | None = None
+    try:
+        want = next(steps)
+        while True:
+            answer = fetch(want.path, want.length_max)
+            if answer is not None and len(answer) > want.length_max:
+                raise metadata.MetadataError(f"more than {want.length_max} bytes", where=want.path)
+            want = steps.send(answer)
+    except StopIteration as end:
+        result: R = end.value
+        return result
+
+
+class TrustClient:
+    """The metadata of one repository. Used by one thread.
+
+    root: the first root, embedded. The storage's directories must exist.
+    """
+
+    def __init__(
+        self, root: bytes, storage: Storage, directory: str, floors_directory: str, fetch: Fetch
+    ) -> None:
+        self._root, self._fetch = root, fetch
+        self._store = TrustStore(storage, directory, floors_directory)
+        self.trusted = self._load()
+
+    def _load(self) -> TrustedSet:
+        stored = self._store.load()
+        return TrustedSet(self._root, cached_roots=stored.roots, cached=stored.roles, floors=stored.floors)
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Keep what was verified, also when a later file is refused."""
+        try:
+            yield
+        finally:
+            self._store.save(self.trusted)
+
+    def refresh(self, now: datetime) -> None:
+        """Bring the top-level metadata up to date. Raises MetadataError, TboxError, OSError."""
+        self.trusted = self._load()
+        with self._kept():
+            drive(metadata.refresh(self.trusted, now), self._fetch)
+
+    def find(self, path: str, now: datetime) -> Found | None:
+        """Look up a target after `refresh`. Raises as that does."""
+        with self._kept():
+            return drive(metadata.find_target(self.trusted, path, now), self._fetch)
+
+
+# --- the shell for a stock conformance suite -----------------------------------------------------------
+
+FIRST_ROOT = "first-root"
+CACHE_DIRECTORY, FLOORS_DIRECTORY, PARTIAL_DIRECTORY = "cache", "floors", "partial"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Carry out one command; 0 when it succeeded, 1 when not, and then one line on stderr says why."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (TboxError, OSError, ValueError) as error:
+        print(f"tbox.ota.trust: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tbox.ota.trust", description=__doc__)
+    parser.add_argument("--metadata-dir", type=Path, required=True)
+    parser.add_argument("--metadata-url", default="")
+    parser.add_argument("--target-name", default="")
+    parser.add_argument("--target-dir", type=Path)
+    parser.add_argument("--target-base-url", default="")
+    commands = parser.add_subparsers(required=True)
+    init = commands.add_parser("init", help="trust this root and start without metadata")
+    init.add_argument("root", type=Path)
+    init.set_defaults(command=_init)
+    commands.add_parser("refresh", help="update the metadata").set_defaults(command=_refresh)
+    commands.add_parser("download", help="update, then fetch a target").set_defaults(command=_download)
+    return parser
+
+
+def _init(options: argparse.Namespace) -> None:
+    root = options.root.read_bytes()
+    trusted = TrustedSet(root)
+    for name in (CACHE_DIRECTORY, FLOORS_DIRECTORY, PARTIAL_DIRECTORY):
+        (options.metadata_dir / name).mkdir(parents=True, exist_ok=True)
+    (options.metadata_dir / FIRST_ROOT).write_bytes(root)
+    if not (options.metadata_dir / "root.json").exists():
+        _show(trusted, options.metadata_dir)
+
+
+def _client(options: argparse.Namespace) -> TrustClient:
+    if not options.metadata_url:
+        raise Refused("which repository?", mend="say --metadata-url")
+    directory = options.metadata_dir
+    http, base = Http(), options.metadata_url.rstrip("/")
+    return TrustClient(
+        (directory / FIRST_ROOT).read_bytes(),
+        OsStorage(),
+        str(directory / CACHE_DIRECTORY),
+        str(directory / FLOORS_DIRECTORY),
+        lambda path, length_max: http.small(f"{base}/{path}", length_max),
+    )
+
+
+def _now() -> datetime:
+    return datetime.fromtimestamp(time.time(), UTC)
+
+
+def _show(trusted: TrustedSet, directory: Path) -> None:
+    """Lay what is trusted out as <role>.json for others to see; it is never read back."""
+    for role, raw in trusted.kept.items():
+        path = directory / f"{quote(role, safe='')}.json"
+        if not path.exists() or path.read_bytes() != raw:
+            fresh = path.with_name(path.name + ".new")
+            fresh.write_bytes(raw)
+            fresh.replace(path)
+
+
+def _refresh(options: argparse.Namespace) -> None:
+    client = _client(options)
+    try:
+        client.refresh(_now())
+    finally:
+        _show(client.trusted, options.metadata_dir)
+
+
+def _download(options: argparse.Namespace) -> None:
+    if not options.target_name or options.target_dir is None or not options.target_base_url:
+        raise Refused("which target?", mend="say --target-name, --target-dir and --target-base-url")
+    client, now = _client(options), _now()
+    try:
+        client.refresh(now)
+        found = client.find(options.target_name, now)
+    finally:
+        _show(client.trusted, options.metadata_dir)
+    if found is None:
+        raise Refused("no role has this target", where=options.target_name)
+    path = options.target_dir / quote(options.target_name, safe="")
+    if path.exists() and _is(found.file, path.read_bytes()):
+        return
+    consistent = client.trusted.root.signed.consistent_snapshot
+    url = f"{options.target_base_url.rstrip('/')}/{target_url_path(found.file, consistent=bool(consistent))}"
+    data = Http().small(url, found.file.length)
+    if data is None or not _is(found.file, data):
+        raise Refused("what the server has is not the signed target", where=url)
+    fresh = options.metadata_dir / PARTIAL_DIRECTORY / "target"
+    fresh.write_bytes(data)
+    os.replace(fresh, path)  # noqa: PTH105 (the target directory may be of another file system's name)
+
+
+def _is(file: TargetFile, data: bytes) -> bool:
+    return metadata.matches(data, file.length, file.hashes)
+
+
+def target_url_path(file: TargetFile, *, consistent: bool) -> str:
+    """Return where a target stands below the targets URL: under its digest in a consistent repository.
+
+    Raises Refused when it is signed with no hash of a kind that counts.
+    """
+    digest = next((file.hashes[name] for name in HASHES if name in file.hashes), None)
+    if digest is None:
+        raise Refused("signed with no hash of a kind that counts", where=file.path)
+    directory, slash, name = file.path.rpartition("/")
+    return quote(f"{directory}{slash}{digest}.{name}" if consistent else file.path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
