@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tbox.config import BusConfig, Config, VehicleConfig
+from tbox.edge.isolation import IsolationSettings
+from tbox.edge.stage import EdgeSettings
 from tbox.model import NS_PER_S
 from tbox.record.privacy import PrivacySettings
 from tbox.record.proof import Proof, ProofResult
@@ -26,6 +28,7 @@ def make_config() -> Config:
         vehicle=VehicleConfig(id="v"),
         bus=[BusConfig(interface="virtual", channel="v", dbc=dbc, send=(ISOLATION_REQUEST_ID,))],
         uplink=UplinkSettings(),
+        edge=EdgeSettings(isolation=IsolationSettings(mode="send")),
         privacy=PrivacySettings(journeys=True, position=True),
     )
 
