@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import importlib
 import json
 import os
 import signal
@@ -37,8 +36,10 @@ def verifier(directory: Path) -> VerifyManifest:
         raise TboxError(
             f"no trusted root: {error.strerror}", where=str(root), mend="put the publisher's first root there"
         ) from None
-    trust = importlib.import_module("tbox.ota.trust")
-    return functools.partial(trust.verify_slot_manifest, root=embedded)
+    # Metadata libraries are slow to load; a missing root or a `--status` is answered before.
+    from tbox.ota.trust import verify_slot_manifest
+
+    return functools.partial(verify_slot_manifest, root=embedded)
 
 
 @contextlib.contextmanager
