@@ -203,15 +203,11 @@ class Flash:
         ]
         return max((one for one in found if one is not None), default=None)
 
-    def has_rows_of(self, start: int) -> bool:
-        """Whether a start still has records on flash that need its data key."""
-        return any(
-            self._db.execute(
-                f"SELECT 1 FROM {lane.name} WHERE id > ? AND id < ? AND sealed IS NOT NULL LIMIT 1",
-                (first_id(start), first_id(start + 1)),
-            ).fetchone()
-            for lane in LANES
-        )
+    def oldest_start(self) -> int | None:
+        """Return the oldest start that still has records on flash, and so needs its data key."""
+        sql = "SELECT id FROM {} WHERE sealed IS NOT NULL ORDER BY id LIMIT 1"
+        rows = [self._db.execute(sql.format(lane.name)).fetchone() for lane in LANES]
+        return min((row[0] >> COUNTER_BITS for row in rows if row), default=None)
 
     # --- size -------------------------------------------------------------------------------------
 

@@ -636,10 +636,14 @@ class Spool:
                 where=self._directory,
                 mend="keep the start number files with the spool, or raise the start number",
             )
-        ended = [row._replace(last_id=_highest(row.last_id, flash.newest_of(row.start))) for row in known]
+        ended = list(known)
+        if ended:  # what the starts before it had reached was noted when it opened
+            last = ended[-1]
+            ended[-1] = last._replace(last_id=_highest(last.last_id, flash.newest_of(last.start)))
         self.previous = previous_start(ended or copied)
         needed = needed_starts(self.previous)
-        kept = [row for row in ended if self._aside or row.start in needed or flash.has_rows_of(row.start)]
+        oldest = flash.oldest_start() or self._start
+        kept = [row for row in ended if self._aside or row.start in needed or row.start >= oldest]
         own = keys.new_start(self._start)
         copy_keys(self._storage, self._directory, [*copied, *kept, own])
         self._own = own  # from here on: should the commit fail, it may have succeeded all the same

@@ -25,7 +25,7 @@ from unittest import mock
 from tbox.clock import next_start
 from tbox.ledger import Ledger
 from tbox.model import Now, Record
-from tbox.spool import flash, schema
+from tbox.spool import flash, meter, schema
 from tbox.spool.flash import FILE_NAME
 from tbox.spool.store import PreviousStart, Spool, highest_start_seen
 from tests.crash.disk import Disk, Image, ImageStorage
@@ -223,7 +223,7 @@ def explore(
             for number in range(LIVES_PER_CHAIN):
                 put(image, work)
                 seed_now = seed * 1_000_003 + chain * 101 + number
-                with small_log(), mock.patch.object(schema, "MIGRATIONS", migrations(number)):
+                with small_log(), no_meter(), mock.patch.object(schema, "MIGRATIONS", migrations(number)):
                     life = Life(work, image, base, seed_now)
                     with living():
                         life.run(STEPS_PER_LIFE if number % 3 == 0 else number)
@@ -243,6 +243,11 @@ def abandon(life: Life) -> None:
 
 def small_log() -> mock._patch[int]:
     return mock.patch.object(flash, "WAL_CHECKPOINT_PAGES", WAL_PAGES)
+
+
+def no_meter() -> AbstractContextManager[object]:
+    """Reading the kernel's account takes as long as a commit on a memory disk, and counts nothing there."""
+    return mock.patch.object(meter, "_ACCOUNT", Path("/nonexistent"))
 
 
 def _add_column(db: object) -> None:

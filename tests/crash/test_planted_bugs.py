@@ -129,13 +129,13 @@ def newest_row_deleted() -> Any:
 
 
 def small_ticks_put_off() -> Any:
-    original = Spool._commit
+    original = Spool._commit_all
 
-    def commit(self: Spool, now: Now) -> None:
+    def commit_all(self: Spool, now: Now) -> None:
         if len(self._open) != 2:
             original(self, now)
 
-    return mock.patch.object(Spool, "_commit", commit)
+    return mock.patch.object(Spool, "_commit_all", commit_all)
 
 
 def acks_forgotten() -> Any:
