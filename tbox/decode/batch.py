@@ -7,6 +7,7 @@ only cantools can say.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -176,18 +177,20 @@ class Decoder:
         lengths = frames["len"].tolist()
         roots = self._root_of.get(channel, {})
         plans: list[int] = []
+        shorts: list[bool] = []
         parts: list[tuple[int, IntArray, IntArray, npt.NDArray[np.float64]]] = []
         needs = 0
         for index, can_id in enumerate(frames["id"].tolist()):
             lean = self._lean_of(roots.get(can_id, UNKNOWN_PLAN))
-            while lean.selector_row >= 0 and lean.selector_bytes <= lengths[index]:
-                lean = self._lean_of(self._turn(words, index, lean))
+            while lean.selector is not None and lean.selector.need_bytes <= lengths[index]:
+                lean = self._lean_of(lean.selector.turn(words, index))
             plans.append(lean.plan)
+            shorts.append(lengths[index] < lean.bytes)
             needs |= lean.needs
             if len(lean.row):
                 parts.append(self._decode_lean(words, index, lengths[index], lean))
         plan = np.array(plans, np.int64)
-        short = frames["len"] < self.table.length.take(plan)
+        short = np.array(shorts, np.bool_)
         fallback = self._cantools(frames, plan, short) if needs & NEEDS_CANTOOLS else []
         if len(parts) == 1:
             index, row, raw, value = parts[0]
@@ -202,15 +205,6 @@ class Decoder:
         if lean is None:
             lean = self._lean[plan] = _lean(self.table, plan, int(self._needs[plan]))
         return lean
-
-    def _turn(self, words: npt.NDArray[np.uint64], index: int, lean: _Lean) -> int:
-        """Return the plan a selector leads to."""
-        table, plan = self.table, lean.plan
-        one = np.array([lean.selector_row])
-        value = int(self._raw(words, np.array([index]), one, NEEDS_ALL)[0])
-        if value >= table.selector_size[plan]:
-            return MALFORMED_PLAN
-        return int(table.selector_plan[table.selector_base[plan] + value])
 
     def _decode_lean(
         self, words: npt.NDArray[np.uint64], index: int, length: int, lean: _Lean
@@ -301,13 +295,45 @@ class _Lean(NamedTuple):
     add: npt.NDArray[np.float64]
     bytes: int
     needs: int
-    selector_row: int
-    selector_bytes: int
+    selector: _Selector | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Selector:
+    """A plan's selector as plain ints. targets: the plan for each value."""
+
+    byte: int
+    shift: int
+    mask: int
+    big: bool
+    need_bytes: int
+    targets: list[int]
+
+    def turn(self, words: npt.NDArray[np.uint64], index: int) -> int:
+        """Return the plan a frame's selector leads to."""
+        word = int(words[index * FRAME_BYTES + self.byte])
+        if self.big:
+            word = int.from_bytes(word.to_bytes(WORD_BYTES, "little"), "big")
+        value = (word >> self.shift) & self.mask
+        return self.targets[value] if value < len(self.targets) else MALFORMED_PLAN
+
+
+def _selector(table: SignalTable, plan: int) -> _Selector | None:
+    row, base = int(table.selector_row[plan]), int(table.selector_base[plan])
+    if row < 0:
+        return None
+    return _Selector(
+        byte=int(table.byte[row]),
+        shift=int(table.shift[row]),
+        mask=int(table.mask[row]),
+        big=bool(table.big[row]),
+        need_bytes=int(table.need_bytes[row]),
+        targets=table.selector_plan[base : base + int(table.selector_size[plan])].tolist(),
+    )
 
 
 def _lean(table: SignalTable, plan: int, needs: int) -> _Lean:
     row = np.arange(table.start[plan], table.start[plan] + table.count[plan])
-    selector = int(table.selector_row[plan])
     return _Lean(
         plan=plan,
         row=row,
@@ -320,8 +346,7 @@ def _lean(table: SignalTable, plan: int, needs: int) -> _Lean:
         add=table.add[row],
         bytes=int(table.length[plan]),
         needs=needs,
-        selector_row=selector,
-        selector_bytes=int(table.need_bytes[selector]) if selector >= 0 else 0,
+        selector=_selector(table, plan),
     )
 
 
