@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,10 +16,10 @@ from tbox.edge.estimators import OCV_V, Estimators, EstimatorSettings
 from tbox.edge.mode import Context
 from tbox.model import NS_PER_S, Draft, Now, PackSnapshot
 from tbox.sim.cell import CHEMISTRIES, Cells
+from tests.data import data_file
 
 CELLS = 8  # of 192 in series: the mean is what counts
 SERIES = 192
-DATA = Path(os.environ.get("TBOX_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
 
 class Bench:
@@ -72,10 +70,7 @@ class Bench:
 
 
 def wltc_mps() -> list[float]:
-    path = DATA / "cycles" / "wltc_3b.csv"
-    if not path.exists():
-        pytest.skip(f"needs {path.name} under $TBOX_DATA/cycles")
-    with path.open(encoding="utf-8-sig") as file:
+    with data_file("cycles", "wltc_3b.csv").open(encoding="utf-8-sig") as file:
         return [float(row["cycMps"]) for row in csv.DictReader(file)]
 
 

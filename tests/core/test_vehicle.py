@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from tbox.sim.vehicle import CYCLES, CycleError, Vehicle, load_cycle
+from tests.data import data_file
 
 DT_S = 0.1
-DATA = Path(os.environ.get("TBOX_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 
 def vehicle(cycle: str = "demo") -> Vehicle:
@@ -135,9 +134,6 @@ def test_an_unknown_cycle_lists_those_that_exist() -> None:
     ("name", "km"), [("udds", 11.99), ("us06", 12.89), ("hwfet", 16.5), ("wltc_3b", 23.27)]
 )
 def test_the_standard_cycles_are_driven_over_their_published_distance(name: str, km: float) -> None:
-    path = DATA / "cycles" / f"{name}.csv"
-    if not path.exists():
-        pytest.skip(f"no {path.name}: set TBOX_DATA to the shared test data")
-    car = vehicle(str(path))
+    car = vehicle(str(data_file("cycles", f"{name}.csv")))
     drive(car, 0.0, car.cycle.seconds)
     assert car.distance_m / 1000 == pytest.approx(km, rel=0.01)

@@ -25,8 +25,9 @@ from tbox.bus.recordings import (
     write_recording,
 )
 from tbox.model import CAN_EFF_FLAG, CAN_ERR_FLAG, CANFD_BRS, CANFD_FDF, NS_PER_MS
+from tests.data import data_file
 
-KONA = "can/kona-pcan-ccan-power-on-ready-off.gvret.csv"
+KONA = ("can", "kona-pcan-ccan-power-on-ready-off.gvret.csv")
 
 
 @pytest.fixture
@@ -37,13 +38,6 @@ def log(tmp_path: Path) -> Callable[..., Recording]:
         return Recording(path, dialect=dialect)
 
     return write
-
-
-def data_file(name: str) -> Path:
-    base = Path(os.environ.get("TBOX_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
-    if not (base / name).exists():
-        pytest.skip(f"no {name} under {base}; set TBOX_DATA")
-    return base / name
 
 
 def essence(frames: list[LoggedFrame]) -> list[tuple[object, ...]]:
@@ -465,7 +459,7 @@ def test_batches_hold_the_kernels_layout_and_times_that_never_run_backwards() ->
 
 
 def test_the_kona_recording_is_read_whole() -> None:
-    recording = Recording(data_file(KONA))
+    recording = Recording(data_file(*KONA))
     frames = list(recording)
     assert recording.dialect == "gvret" and not recording.damaged
     assert sum(f.channel == 0 for f in frames) == 24_263 == max(f.n for f in frames if f.channel == 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,14 +14,12 @@ from tbox.bus.python_can import open_bus
 from tbox.bus.recordings import Recording, message_of_logged, write_recording
 from tbox.bus.socketcan import SocketCanReader
 from tbox.bus.spec import parse_bus_url
+from tests.data import data_file
 
 
 @pytest.mark.slow
 def test_the_kona_recording_arrives_whole(reader: Callable[..., SocketCanReader], tmp_path: Path) -> None:
-    base = Path(os.environ.get("TBOX_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
-    source = base / "can/kona-pcan-ccan-power-on-ready-off.gvret.csv"
-    if not source.exists():
-        pytest.skip(f"no {source.name} under {base}; set TBOX_DATA")
+    source = data_file("can", "kona-pcan-ccan-power-on-ready-off.gvret.csv")
     ours = reader()
     command = [sys.executable, "-c", "from tbox.cli.main import main; main()", "replay", str(source)]
     command += ["--bus", "socketcan:vcan0", "--channel", "0", "--speed", "max"]
