@@ -18,6 +18,8 @@ from tbox.sim.faults import Fault, parse_fault
 from tbox.sim.simulator import SimSettings, Simulator
 from tests.scenarios.test_world import make_config
 
+pytestmark = pytest.mark.slow
+
 STEP_MS = 50
 VSS = "Vehicle.Powertrain.TractionBattery."
 
