@@ -167,8 +167,7 @@ class Authority(NamedTuple):
     def prints(self) -> frozenset[str]:
         return frozenset(filter(None, map(fingerprint, self.keys)))
 
-    def signers(self, loaded: Loaded[Any]) -> frozenset[str]:
-        """Return the fingerprints of the keys whose signature holds. Raises MetadataError below threshold."""
+    def _good(self, loaded: Loaded[Any]) -> frozenset[str]:
         good = set()
         for key in self.keys:
             print_, signature = fingerprint(key), loaded.signatures.get(key.keyid)
@@ -179,11 +178,20 @@ class Authority(NamedTuple):
             except UnverifiedSignatureError:
                 continue
             good.add(print_)
+        return frozenset(good)
+
+    def count(self, loaded: Loaded[Any]) -> int:
+        """Return how many keys have rightly signed."""
+        return len(self._good(loaded))
+
+    def signers(self, loaded: Loaded[Any]) -> frozenset[str]:
+        """Return fingerprints of the keys that rightly signed. Raises MetadataError below the threshold."""
+        good = self._good(loaded)
         if len(good) < self.threshold:
             raise MetadataError(
                 f"signed by {len(good)} of the {self.threshold} keys it takes", where=_file(loaded.role)
             )
-        return frozenset(good)
+        return good
 
 
 def _authority(keys: Mapping[str, Key], role: Role) -> Authority:
@@ -192,11 +200,10 @@ def _authority(keys: Mapping[str, Key], role: Role) -> Authority:
     return Authority(tuple(keys[keyid] for keyid in role.keyids if keyid in keys), role.threshold)
 
 
-def root_authority(root: Root, role: str) -> Authority:
-    return _authority(root.keys, root.roles[role])
-
-
-def _delegated_authority(delegator: Targets, role: str) -> Authority:
+def authority_of(delegator: Root | Targets, role: str) -> Authority:
+    """Return who may sign a role, as the one above it says. Raises MetadataError when it does not."""
+    if isinstance(delegator, Root):
+        return _authority(delegator.keys, delegator.roles[role])
     found = delegator.delegations
     entry: Role | None = None
     if found is not None and found.succinct_roles is not None:
@@ -312,7 +319,7 @@ class TrustedSet:
         new = parse(Root, ROOT, raw)
         if new.version != self.root.version + 1:
             raise MetadataError(f"version {new.version} follows {self.root.version}", where=_file(ROOT))
-        root_authority(self.root.signed, ROOT).signers(new)
+        authority_of(self.root.signed, ROOT).signers(new)
         self.root = _self_signed(raw)
         self.roots.append(raw)
         self.kept[ROOT] = raw
@@ -326,7 +333,7 @@ class TrustedSet:
             )
         if floor is not None and self.root.version == floor.version and self.root.sha256 != floor.sha256:
             raise MetadataError(f"version {self.root.version} was seen with other content", where=_file(ROOT))
-        signers = root_authority(self.root.signed, ROOT).signers(self.root)
+        signers = authority_of(self.root.signed, ROOT).signers(self.root)
         self.floors = msgspec.structs.replace(self.floors, root=_floor_of(self.root, signers, {}))
         _check_expiry(self.root, now)
 
@@ -340,7 +347,7 @@ class TrustedSet:
             return None
         try:
             loaded = parse(kind, role, self.kept[role])
-            signers = self._verify(loaded, root_authority(self.root.signed, role))
+            signers = self._verify(loaded, authority_of(self.root.signed, role))
         except MetadataError:
             return None
         self._keep(loaded, signers)
@@ -363,7 +370,7 @@ class TrustedSet:
         The one held may have expired and is then refused, whatever was served.
         """
         new = parse(Timestamp, TIMESTAMP, raw)
-        authority = root_authority(self.root.signed, TIMESTAMP)
+        authority = authority_of(self.root.signed, TIMESTAMP)
         signers = authority.signers(new)
         if self.timestamp is not None and new.version == self.timestamp.version:
             _check_expiry(self.timestamp, now)
@@ -393,7 +400,7 @@ class TrustedSet:
         if not matches(raw, meta.length, meta.hashes):
             raise MetadataError("is not the file that timestamp.json tells of", where=_file(SNAPSHOT))
         new = parse(Snapshot, SNAPSHOT, raw)
-        signers = self._verify(new, root_authority(self.root.signed, SNAPSHOT))
+        signers = self._verify(new, authority_of(self.root.signed, SNAPSHOT))
         if self.snapshot is not None:
             versions = {name: file.version for name, file in self.snapshot.signed.meta.items()}
             _check_floor(new, new.signed.meta, _floor_of(self.snapshot, frozenset(), versions))
@@ -436,9 +443,8 @@ class TrustedSet:
         self._keep(new, signers)
 
     def _targets_authority(self, role: str, delegator: str) -> Authority:
-        if delegator == ROOT:
-            return root_authority(self.root.signed, role)
-        return _delegated_authority(self.role(delegator).signed, role)
+        above = self.root if delegator == ROOT else self.role(delegator)
+        return authority_of(above.signed, role)
 
     def role(self, role: str) -> Loaded[Targets]:
         """Return a target role that was taken, whoever delegated it."""
@@ -464,7 +470,7 @@ class TrustedSet:
 
 def _self_signed(raw: bytes) -> Loaded[Root]:
     root = parse(Root, ROOT, raw)
-    root_authority(root.signed, ROOT).signers(root)
+    authority_of(root.signed, ROOT).signers(root)
     return root
 
 

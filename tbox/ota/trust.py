@@ -21,9 +21,10 @@ from tuf.api.metadata import TargetFile
 
 from tbox.durable import OsStorage, Storage
 from tbox.errors import Refused, TboxError
-from tbox.ota import metadata
+from tbox.ota import metadata, releases
 from tbox.ota.fetch import Http
 from tbox.ota.metadata import HASHES, Found, Steps, TrustedSet
+from tbox.ota.model import VerifiedTarget
 from tbox.ota.truststore import TrustStore
 
 R = TypeVar("R")
@@ -75,13 +76,30 @@ class TrustClient:
     def refresh(self, now: datetime) -> None:
         """Bring the top-level metadata up to date. Raises MetadataError, TboxError, OSError."""
         self.trusted = self._load()
+        self.run(metadata.refresh(self.trusted, now))
+
+    def run(self, steps: Steps[R]) -> R:
+        """Run a workflow over what `refresh` brought, and keep what it verifies. Raises as that does."""
         with self._kept():
-            drive(metadata.refresh(self.trusted, now), self._fetch)
+            return drive(steps, self._fetch)
 
     def find(self, path: str, now: datetime) -> Found | None:
         """Look up a target after `refresh`. Raises as that does."""
-        with self._kept():
-            return drive(metadata.find_target(self.trusted, path, now), self._fetch)
+        return self.run(metadata.find_target(self.trusted, path, now))
+
+
+def target_url_path(path: str, digest: str, *, consistent: bool) -> str:
+    """Return where a target stands below the targets URL: under its digest in a consistent repository."""
+    directory, slash, name = path.rpartition("/")
+    return quote(f"{directory}{slash}{digest}.{name}" if consistent else path)
+
+
+def verify_slot_manifest(manifest: bytes, root: bytes) -> VerifiedTarget:
+    """Return the target that a slot's stored metadata proves; thresholds kept, expiry ignored.
+
+    root: the first root, embedded. Raises Refused. For the boot loader, which knows no network and no time.
+    """
+    return releases.verify_manifest(manifest, root)
 
 
 # --- the shell for a stock conformance suite -----------------------------------------------------------
@@ -178,7 +196,8 @@ def _download(options: argparse.Namespace) -> None:
     if path.exists() and _is(found.file, path.read_bytes()):
         return
     consistent = client.trusted.root.signed.consistent_snapshot
-    url = f"{options.target_base_url.rstrip('/')}/{target_url_path(found.file, consistent=bool(consistent))}"
+    place = target_url_path(found.file.path, _digest(found.file), consistent=bool(consistent))
+    url = f"{options.target_base_url.rstrip('/')}/{place}"
     data = Http().small(url, found.file.length)
     if data is None or not _is(found.file, data):
         raise Refused("what the server has is not the signed target", where=url)
@@ -191,16 +210,12 @@ def _is(file: TargetFile, data: bytes) -> bool:
     return metadata.matches(data, file.length, file.hashes)
 
 
-def target_url_path(file: TargetFile, *, consistent: bool) -> str:
-    """Return where a target stands below the targets URL: under its digest in a consistent repository.
-
-    Raises Refused when it is signed with no hash of a kind that counts.
-    """
-    digest = next((file.hashes[name] for name in HASHES if name in file.hashes), None)
-    if digest is None:
+def _digest(file: TargetFile) -> str:
+    """Return the hash a target is served under. Raises Refused when it has none of a kind that counts."""
+    found = next((file.hashes[name] for name in HASHES if name in file.hashes), None)
+    if found is None:
         raise Refused("signed with no hash of a kind that counts", where=file.path)
-    directory, slash, name = file.path.rpartition("/")
-    return quote(f"{directory}{slash}{digest}.{name}" if consistent else file.path)
+    return found
 
 
 if __name__ == "__main__":

@@ -114,11 +114,15 @@ class TrustStore:
         self._write(self._floors, floors)
         if not self._both_floors():
             self._floors.write(floors)
-        roots = tuple(self._put(raw) for raw in trusted.roots[1:])
-        roles = {role: self._put(raw) for role, raw in trusted.kept.items()}
-        self._storage.fsync_dir(self._dir)
-        self._write(self._generation, msgspec.msgpack.encode(Generation(roots=roots, roles=roles)))
-        self._sweep({*roots, *roles.values()})
+        before = _decode(self._generation, Generation)
+        durable = {*before.roots, *before.roles.values()} if isinstance(before, Generation) else set()
+        roots = tuple(self._put(raw, durable) for raw in trusted.roots[1:])
+        roles = {role: self._put(raw, durable) for role, raw in trusted.kept.items()}
+        after = Generation(roots=roots, roles=roles)
+        if after != before:
+            self._storage.fsync_dir(self._dir)
+            self._generation.write(msgspec.msgpack.encode(after))
+            self._sweep({*roots, *roles.values()})
 
     @staticmethod
     def _write(copies: TwoCopies, payload: bytes) -> None:
@@ -126,15 +130,18 @@ class TrustStore:
         if newest is None or newest[1] != payload:
             copies.write(payload)
 
-    def _put(self, raw: bytes) -> str:
+    def _put(self, raw: bytes, durable: set[str]) -> str:
+        """Make a file durable, but for its name. durable: what the generation that counts names."""
         digest = hashlib.sha256(raw).hexdigest()
         path = self._path(digest)
-        if self._object(digest) is None:
+        whole = self._object(digest) is not None
+        if not whole:
             if self._storage.exists(path):
                 self._storage.truncate(path, 0)
             self._storage.write(path, raw)
-        # Also for one that stands already: it may be in the page cache alone, left there by a killed process.
-        self._storage.fsync(path)
+        if not whole or digest not in durable:
+            # A whole one may be in the page cache alone, left there by a process that was killed.
+            self._storage.fsync(path)
         return digest
 
     def _sweep(self, keep: set[str]) -> None:

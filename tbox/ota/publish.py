@@ -1,0 +1,504 @@
+"""The publisher: keys, signing by several people, releases with deltas, a static signed repository.
+
+Nothing becomes public that a device would refuse: before a file is moved into place the whole new state is
+verified by the device's own workflow. Root and targets are signed offline, one signature at a time, on
+staged files; only snapshot, timestamp and the rollout notice have keys at the server. Not for the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import zstandard
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    KeySerializationEncryption,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from msgspec.structs import replace
+from securesystemslib.signer import CryptoSigner, Key, SSlibKey
+from tuf.api.metadata import (
+    DelegatedRole,
+    Delegations,
+    Metadata,
+    MetaFile,
+    Root,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+
+from tbox.errors import Refused, TboxError
+from tbox.ota import metadata as core
+from tbox.ota import releases
+from tbox.ota.metadata import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TrustedSet, authority_of
+from tbox.ota.model import Delta, Full, VerifiedTarget
+from tbox.ota.releases import ROLLOUT_ROLE, Notice
+from tbox.ota.trust import drive, target_url_path
+
+DAYS_VALID: Mapping[str, int] = {ROOT: 365, TARGETS: 180, SNAPSHOT: 30, TIMESTAMP: 7, ROLLOUT_ROLE: 30}
+DELTA_BASES = 3  # releases back that get a delta
+DELTA_WORTH = 0.9  # a delta that is not at least this much smaller than the full image is left out
+ZSTD_LEVEL = 19
+ZSTD_WINDOW_LOG = 23  # 8 MiB, what the device grants (device.ZSTD_WINDOW_BYTES_MAX)
+RSA_BITS = 2048
+
+KeyKind = Literal["ed25519", "rsa"]
+AnySigned = Root | Timestamp | Snapshot | Targets
+
+
+# --- keys ----------------------------------------------------------------------------------------------
+
+
+def make_key(path: Path, kind: KeyKind = "ed25519", password: bytes | None = None) -> SSlibKey:
+    """Write a new private key to `path` (mode 600) and its public part beside it as .pub; return that.
+
+    Raises TboxError when a key stands there already, OSError.
+    """
+    private = (
+        ed25519.Ed25519PrivateKey.generate()
+        if kind == "ed25519"
+        else rsa.generate_private_key(public_exponent=65537, key_size=RSA_BITS)
+    )
+    protection: KeySerializationEncryption = BestAvailableEncryption(password) if password else NoEncryption()
+    pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, protection)
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise TboxError("a key stands there already", where=str(path), mend="choose another name") from None
+    with os.fdopen(fd, "wb") as file:
+        file.write(pem)
+    public = CryptoSigner(private).public_key
+    public_path(path).write_bytes(msgspec.json.format(msgspec.json.encode(_named(public))) + b"\n")
+    return public
+
+
+def public_path(private: Path) -> Path:
+    return private.with_suffix(".pub")
+
+
+def _named(key: Key) -> dict[str, Any]:
+    named: dict[str, Any] = {"keyid": key.keyid} | key.to_dict()
+    return named
+
+
+def read_public(path: Path) -> Key:
+    """Return a public key as `make_key` wrote it. Raises TboxError."""
+    try:
+        fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return Key.from_dict(fields.pop("keyid"), fields)
+    except OSError as error:
+        raise TboxError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except (msgspec.DecodeError, ValueError, KeyError, TypeError) as error:
+        raise TboxError(f"not a public key: {error}", where=str(path), mend="give the .pub file") from None
+
+
+def read_signer(path: Path, password: bytes | None = None) -> CryptoSigner:
+    """Return the signer of a private key file. Raises TboxError."""
+    try:
+        private = load_pem_private_key(path.read_bytes(), password)
+    except OSError as error:
+        raise TboxError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except (ValueError, TypeError) as error:
+        raise TboxError(f"not a private key that opens: {error}", where=str(path)) from None
+    if not isinstance(private, ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey):
+        raise TboxError("neither an Ed25519 nor an RSA key", where=str(path))
+    return CryptoSigner(private)
+
+
+# --- signing -------------------------------------------------------------------------------------------
+
+
+class Standing(NamedTuple):
+    """How far a staged file is signed, for one authority that it needs."""
+
+    whose: str  # "root", "targets", "the root before"
+    signed: int
+    threshold: int
+
+    @property
+    def enough(self) -> bool:
+        return self.signed >= self.threshold
+
+
+def _load(path: Path) -> Metadata[Any]:
+    try:
+        return Metadata.from_bytes(path.read_bytes())
+    except OSError as error:
+        raise TboxError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except Exception as error:
+        raise TboxError(f"not metadata: {error}", where=str(path)) from None
+
+
+def sign(path: Path, signers: Iterable[CryptoSigner]) -> None:
+    """Add signatures to a staged file; one by the same key replaces the one before. Raises TboxError."""
+    staged = _load(path)
+    for signer in signers:
+        staged.sign(signer, append=True)
+    _write(path, staged.to_bytes())
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file so that its readers see the old one or the new one, and it survives a power cut."""
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    fd = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# --- the repository ------------------------------------------------------------------------------------
+
+
+class KeyChange(NamedTuple):
+    """What becomes of a role's keys: those named are added, those in `revoke` (ids) taken away."""
+
+    role: str
+    add: Sequence[Key] = ()
+    revoke: Sequence[str] = ()
+    threshold: int | None = None
+
+
+class Publisher:
+    """A repository on disk: `metadata/` and `targets/` are public; `staged/` and `images/` are not.
+
+    now: for expiry dates. Only what `metadata/timestamp.json` leads to is believed to be published.
+    """
+
+    def __init__(self, directory: Path, now: datetime) -> None:
+        self.directory, self._now = directory, now.replace(microsecond=0)
+        self.metadata, self.targets = directory / "metadata", directory / "targets"
+        self.staged, self.images = directory / "staged", directory / "images"
+
+    def create(self) -> None:
+        for path in (self.metadata, self.targets, self.staged, self.images):
+            path.mkdir(parents=True, exist_ok=True)
+
+    # --- what is there ---------------------------------------------------------------------------
+
+    def _roots(self) -> list[bytes]:
+        found: list[bytes] = []
+        while (path := self.metadata / f"{len(found) + 1}.root.json").exists():
+            found.append(path.read_bytes())
+        return found
+
+    def _published(self, role: str) -> Metadata[Any] | None:
+        """Return the newest public version of a role."""
+        if role == ROOT:
+            roots = self._roots()
+            return Metadata.from_bytes(roots[-1]) if roots else None
+        if role == TIMESTAMP:
+            path = self.metadata / "timestamp.json"
+            return _load(path) if path.exists() else None
+        above = self._published(TIMESTAMP if role == SNAPSHOT else SNAPSHOT)
+        if above is None:
+            return None
+        meta = above.signed.snapshot_meta if role == SNAPSHOT else above.signed.meta.get(f"{role}.json")
+        return _load(self.metadata / f"{meta.version}.{role}.json") if meta is not None else None
+
+    def _staged_path(self, role: str) -> Path:
+        return self.staged / f"{role}.json"
+
+    def _current(self, role: str) -> Metadata[Any] | None:
+        """Return the staged version of a role, else the public one."""
+        path = self._staged_path(role)
+        return _load(path) if path.exists() else self._published(role)
+
+    def _stage(self, role: str, signed: AnySigned) -> Path:
+        """Stage content under the next version, without signatures."""
+        published = self._published(role)
+        signed.version = published.signed.version + 1 if published else 1
+        signed.expires = self._now + timedelta(days=DAYS_VALID[role])
+        path = self._staged_path(role)
+        _write(path, Metadata(signed).to_bytes())  # type: ignore[type-var]
+        return path
+
+    def root(self) -> Root:
+        """Return the root as it will be. Raises TboxError when there is none yet."""
+        current = self._current(ROOT)
+        if current is None:
+            raise TboxError("no root yet", where=str(self.directory), mend="make one with `tbox ota rotate`")
+        root: Root = current.signed
+        return root
+
+    # --- keys ------------------------------------------------------------------------------------
+
+    def rotate(self, changes: Sequence[KeyChange]) -> list[Path]:
+        """Stage a root, and targets for the rollout role, with changed keys; return what must be signed."""
+        paths = []
+        top = [change for change in changes if change.role != ROLLOUT_ROLE]
+        if top:
+            current = self._current(ROOT)
+            root = current.signed if current else Root()
+            for change in top:
+                _change_keys(root, change)
+            paths.append(self._stage(ROOT, root))
+        for change in changes:
+            if change.role == ROLLOUT_ROLE:
+                paths.append(self._rotate_rollout(change))
+        return paths
+
+    def _rotate_rollout(self, change: KeyChange) -> Path:
+        targets = self._targets()
+        if targets.delegations is None:
+            targets.delegations = Delegations({}, roles={})
+        roles = targets.delegations.roles
+        assert roles is not None
+        if ROLLOUT_ROLE not in roles:
+            roles[ROLLOUT_ROLE] = DelegatedRole(ROLLOUT_ROLE, [], 1, False, ["rollout/*"])
+        for keyid in change.revoke:
+            targets.revoke_key(keyid, ROLLOUT_ROLE)
+        for key in change.add:
+            targets.add_key(key, ROLLOUT_ROLE)
+        roles[ROLLOUT_ROLE].threshold = change.threshold or roles[ROLLOUT_ROLE].threshold
+        if self._current(ROLLOUT_ROLE) is None:
+            self._stage(ROLLOUT_ROLE, Targets())
+        return self._stage(TARGETS, targets)
+
+    def _targets(self) -> Targets:
+        current = self._current(TARGETS)
+        targets: Targets = current.signed if current else Targets()
+        return targets
+
+    # --- releases --------------------------------------------------------------------------------
+
+    def releases(self) -> list[VerifiedTarget]:
+        """Return the releases listed, the highest security counter first."""
+        found = (releases.release_of(file) for file in self._targets().targets.values())
+        return sorted(
+            (entry for entry in found if entry), key=lambda entry: entry.security_counter, reverse=True
+        )
+
+    def add_release(
+        self, image: Path, draft: VerifiedTarget, *, bases: int = DELTA_BASES, delist: Sequence[str] = ()
+    ) -> tuple[VerifiedTarget, Path]:
+        """Stage targets with this image, its compressed file and deltas from the last `bases` releases.
+
+        draft: the release but for lengths, digests, full and deltas, which are computed. delist: versions to
+        take off the list, an emergency takes off all that is above it. Raises Refused, OSError.
+        """
+        data = image.read_bytes()
+        targets = self._targets()
+        listed = self.releases()
+        self._check_counter(draft, listed, delist)
+        (self.images / f"{hashlib.sha256(data).hexdigest()}.img").write_bytes(data)
+        full = self._put_target(targets, draft.full.name, _compress(data))
+        release = replace(
+            draft,
+            name=draft.full.name,
+            length=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+            full=Full(name=draft.full.name, length=full.length, sha256=full.hashes["sha256"]),
+        )
+        deltas = self._deltas(targets, data, release, [e for e in listed if e.kind == release.kind][:bases])
+        release = replace(release, deltas=tuple(deltas))
+        full.unrecognized_fields["custom"] = releases.custom_of(release)
+        releases.release_of(full)  # holds the bounds of the model before anybody signs
+        for entry in listed:
+            above = release.emergency is not None and entry.security_counter > release.security_counter
+            if entry.version in delist or above:
+                _delist(targets, entry)
+        return release, self._stage(TARGETS, targets)
+
+    @staticmethod
+    def _check_counter(draft: VerifiedTarget, listed: list[VerifiedTarget], delist: Sequence[str]) -> None:
+        for entry in listed:
+            if entry.version in delist or not {*entry.hardware_ids} & {*draft.hardware_ids}:
+                continue
+            if entry.security_counter >= draft.security_counter and draft.emergency is None:
+                raise Refused(
+                    f"counter {draft.security_counter} is not above the {entry.security_counter} of"
+                    f" {entry.version}",
+                    where=draft.version,
+                    mend="raise --counter, or say --emergency",
+                )
+
+    def _put_target(self, targets: Targets, name: str, data: bytes) -> TargetFile:
+        """Lay a file out under its digest and list it."""
+        file = TargetFile.from_data(name, data, ["sha256"])
+        path = self.targets / target_url_path(name, file.hashes["sha256"], consistent=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, data)
+        targets.targets[name] = file
+        return file
+
+    def _deltas(
+        self, targets: Targets, data: bytes, release: VerifiedTarget, bases: list[VerifiedTarget]
+    ) -> list[Delta]:
+        found = []
+        for base in bases:
+            path = self.images / f"{base.sha256}.img"
+            if base.sha256 == release.sha256 or not path.exists():
+                continue
+            patch = _diff(path.read_bytes(), data)
+            if len(patch) > DELTA_WORTH * release.full.length:
+                continue
+            name = f"{release.name}.from-{base.sha256[:16]}.bsdiff"
+            file = self._put_target(targets, name, patch)
+            digest = file.hashes["sha256"]
+            found.append(Delta(base_sha256=base.sha256, name=name, length=file.length, sha256=digest))
+        return found
+
+    def notify(self, notice: Notice) -> Path:
+        """Stage the rollout role's notice."""
+        signed = Targets()
+        signed.unrecognized_fields[releases.CUSTOM] = msgspec.to_builtins(notice)
+        return self._stage(ROLLOUT_ROLE, signed)
+
+    def notice(self) -> Notice:
+        current = self._current(ROLLOUT_ROLE)
+        return releases.notice_of(current.signed, ROLLOUT_ROLE) if current else Notice()
+
+    # --- making it public ------------------------------------------------------------------------
+
+    def standing(self, role: str) -> list[Standing]:
+        """Return how far a staged role is signed, by each authority that it needs."""
+        staged = self._current(role)
+        assert staged is not None
+        if role == ROLLOUT_ROLE:
+            needs = {role: authority_of(self._targets(), role)}
+        else:
+            needs = {role: authority_of(self.root(), role)}
+        published = self._published(ROOT)
+        if role == ROOT and published is not None:
+            needs["the root before"] = authority_of(published.signed, ROOT)
+        return [
+            Standing(whose, authority.count(core.parse(type(staged.signed), role, staged.to_bytes())),
+                     authority.threshold)
+            for whose, authority in needs.items()
+        ]  # fmt: skip
+
+    def publish(self, signers: Sequence[CryptoSigner]) -> dict[str, int]:
+        """Make what is staged public, with a new snapshot and timestamp; return the new versions.
+
+        signers: the online keys. Raises Refused when a staged file lacks signatures, or a device would refuse
+        the result; nothing has become public then.
+        """
+        fresh: dict[str, bytes] = {}
+        for role in (ROOT, TARGETS, ROLLOUT_ROLE):
+            path = self._staged_path(role)
+            if path.exists():
+                if role == ROLLOUT_ROLE:
+                    sign(path, _holding(signers, authority_of(self._targets(), role)))
+                self._check_standing(role)
+                fresh[role] = path.read_bytes()
+        self._name_and_sign(fresh, signers)
+        self._rehearse(fresh)
+        for role, raw in fresh.items():
+            if role != TIMESTAMP:
+                _write(self.metadata / f"{Metadata.from_bytes(raw).signed.version}.{role}.json", raw)
+        _write(self.metadata / "timestamp.json", fresh[TIMESTAMP])
+        for role in fresh:
+            self._staged_path(role).unlink(missing_ok=True)
+        return {role: Metadata.from_bytes(raw).signed.version for role, raw in fresh.items()}
+
+    def _check_standing(self, role: str) -> None:
+        for standing in self.standing(role):
+            if not standing.enough:
+                raise Refused(
+                    f"signed by {standing.signed} of the {standing.threshold} keys of {standing.whose}",
+                    where=str(self._staged_path(role)),
+                    mend="have the others sign it with `tbox ota sign`",
+                )
+
+    def _name_and_sign(self, fresh: dict[str, bytes], signers: Sequence[CryptoSigner]) -> None:
+        """Add a snapshot that names what is fresh, and a timestamp that names the snapshot."""
+        published = self._published(SNAPSHOT)
+        snapshot = published.signed if published else Snapshot()
+        for role in (TARGETS, ROLLOUT_ROLE):
+            if role in fresh:
+                version = Metadata.from_bytes(fresh[role]).signed.version
+                snapshot.meta[f"{role}.json"] = MetaFile.from_data(version, fresh[role], ["sha256"])
+        if published is None and TARGETS not in fresh:
+            raise Refused("no targets to publish", where=str(self.staged), mend="stage a release first")
+        fresh[SNAPSHOT] = self._sign_online(SNAPSHOT, snapshot, signers)
+        before = self._published(TIMESTAMP)
+        timestamp = before.signed if before else Timestamp()
+        timestamp.snapshot_meta = MetaFile.from_data(snapshot.version, fresh[SNAPSHOT], ["sha256"])
+        fresh[TIMESTAMP] = self._sign_online(TIMESTAMP, timestamp, signers)
+
+    def _sign_online(self, role: str, signed: Any, signers: Sequence[CryptoSigner]) -> bytes:
+        published = self._published(role)
+        signed.version = published.signed.version + 1 if published else 1
+        signed.expires = self._now + timedelta(days=DAYS_VALID[role])
+        metadata = Metadata(signed)
+        for signer in _holding(signers, authority_of(self.root(), role)):
+            metadata.sign(signer, append=True)
+        return metadata.to_bytes()
+
+    def _rehearse(self, fresh: Mapping[str, bytes]) -> None:
+        """Refresh as a device would that holds the first root. Raises Refused."""
+        roots = [*self._roots(), *([fresh[ROOT]] if ROOT in fresh else [])]
+        files = {f"{n}.root.json": raw for n, raw in enumerate(roots, 1)}
+        for role, raw in fresh.items():
+            files[f"{Metadata.from_bytes(raw).signed.version}.{role}.json"] = raw
+        files["timestamp.json"] = fresh[TIMESTAMP]
+
+        def fetch(path: str, length_max: int) -> bytes | None:
+            place = self.metadata / path
+            return files.get(path) or (place.read_bytes() if place.exists() else None)
+
+        trusted = TrustedSet(roots[0])
+        drive(core.refresh(trusted, self._now), fetch)
+        hardware = {name for release in self.releases() for name in release.hardware_ids}
+        for hardware_id in sorted(hardware):
+            drive(releases.offer(trusted, self._now, hardware_id, lambda release: True), fetch)
+
+
+def _change_keys(root: Root, change: KeyChange) -> None:
+    for keyid in change.revoke:
+        root.revoke_key(keyid, change.role)
+    for key in change.add:
+        root.add_key(key, change.role)
+    role = root.roles[change.role]
+    role.threshold = change.threshold or role.threshold
+    if len(role.keyids) < role.threshold:
+        raise Refused(
+            f"{len(role.keyids)} keys cannot reach a threshold of {role.threshold}",
+            where=change.role,
+            mend="add keys or lower --threshold",
+        )
+
+
+def _holding(signers: Sequence[CryptoSigner], authority: core.Authority) -> list[CryptoSigner]:
+    """Return those of the signers whose key counts there."""
+    return [signer for signer in signers if core.fingerprint(signer.public_key) in authority.prints()]
+
+
+def _delist(targets: Targets, release: VerifiedTarget) -> None:
+    for name in (release.full.name, *(delta.name for delta in release.deltas)):
+        targets.targets.pop(name, None)
+
+
+def _compress(data: bytes) -> bytes:
+    parameters = zstandard.ZstdCompressionParameters.from_level(ZSTD_LEVEL, window_log=ZSTD_WINDOW_LOG)
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
+
+
+def _diff(base: bytes, data: bytes) -> bytes:
+    try:
+        import bsdiff4
+    except ImportError:
+        raise TboxError(
+            "bsdiff4 is not installed, so no deltas can be made",
+            mend="pip install 'tbox[publish]', or say --deltas 0",
+        ) from None
+    patch: bytes = bsdiff4.diff(base, data)
+    return patch
