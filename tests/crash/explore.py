@@ -192,7 +192,7 @@ def explore_life(
                 continue
             seen.add(key)
             try:
-                found = check(image, expected, directory, look_first=not tally.states % 4)
+                found = check(image, expected, directory, look_first=not tally.states % 16)
             except Violation:
                 raise
             except Exception as error:
