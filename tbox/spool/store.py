@@ -56,7 +56,7 @@ from tbox.spool.seal import TAG_BYTES, Random
 
 log = structlog.get_logger()
 
-READ_BYTES_MAX = 1024 * 1024  # payload read from flash in one offer
+READ_BYTES_MAX = 256 * 1024  # payload read from flash in one offer: live records wait for it
 READ_ROWS_MAX = 256
 EVICT_ROWS_READ = 256
 # Pages the drop record and the tables' inner nodes may still need after an eviction.

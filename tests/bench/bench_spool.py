@@ -198,7 +198,8 @@ def _life(commits: int, per_commit: int, size: int, *, online: bool = False) -> 
         else:
             _fill(spool, _portions(commits, per_commit, size))
             _drain(spool)
-        spool.close(Now(0), clean=True, ledger_totals={})  # with the last checkpoint: it is part of the life
+        if not online:
+            spool.close(Now(0), clean=True, ledger_totals={})  # with the last checkpoint: part of the life
         flushed, dirty, flushes = 0, dict[str, set[int]](), 0
         for op in recorder.ops:
             if op.what == "write":
@@ -207,6 +208,8 @@ def _life(commits: int, per_commit: int, size: int, *, online: bool = False) -> 
             elif op.what == "sync":
                 flushes += 1
                 flushed += BLOCK_BYTES * len(dirty.pop(op.name, ()))
+        if online:
+            spool.close(Now(0), clean=True, ledger_totals={})
     n = commits * per_commit
     return flushed / (n * size), flushes / n
 
