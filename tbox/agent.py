@@ -97,6 +97,22 @@ def _told(previous: PreviousStart) -> dict[str, Any]:
     }
 
 
+def _make_directory(path: str) -> None:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TboxError(
+            f"cannot be made: {error.strerror}",
+            where=path,
+            mend="set [device] state_directory to one that can",
+        ) from error
+
+
+def _known_ids(decode: DecodeStage, channel: int) -> frozenset[int]:
+    """Return the ids the DBCs of a bus know, for the kernel's filter."""
+    return frozenset(d.can_id for d in decode.table.definitions if d.channel == channel)
+
+
 def _plain(counters: BusCounters) -> dict[str, Any]:
     return {**asdict(counters), "state": counters.state.name}
 
@@ -116,12 +132,16 @@ class Agent:
         self._health_due = Deadline.after(now.mono_ns, config.device.health_s)
 
         self.vehicle = vehicle_name(config)
+        _make_directory(config.device.state_directory)
         self._buses = self.ledger.stage("bus", "frames")
         decode, edge = build_stages(config, self.ledger)
         self._control = ControlServer(config.control_socket, self._handlers())
         self._open_spool(now)
 
-        readers = [open_reader(bus, channel) for channel, bus in enumerate(config.bus)]
+        readers = [
+            open_reader(bus, channel, ids=_known_ids(decode, channel))
+            for channel, bus in enumerate(config.bus)
+        ]
         writers = [BusWriter(reader, bus.allow) for reader, bus in zip(readers, config.bus, strict=True)]
         self.pipeline = PipelineThread(
             Flow(decode, edge, self.scribe), writers, self.keep, self.clock.now, self.health.heart("pipeline")

@@ -180,6 +180,13 @@ class TestBadInput:
         assert len(done.stderr.strip().splitlines()) == 1
         assert f"{rules}:3" in done.stderr and "percent" in done.stderr
 
+    def test_a_state_directory_that_cannot_be_made_is_one_line(self, tmp_path: Path) -> None:
+        daemon = Daemon(tmp_path, 1)
+        (tmp_path / "state").write_text("a file is in the way")
+        done = tbox("run", "--config", str(daemon.config), check=False)
+        assert done.returncode == 2
+        assert len(done.stderr.strip().splitlines()) == 1 and "state_directory" in done.stderr
+
     def test_a_good_configuration_is_said_to_be_good(self, tmp_path: Path) -> None:
         daemon = Daemon(tmp_path, 1)
         assert json.loads(tbox("run", "--check", "--config", str(daemon.config)).stdout) == {"ok": True}
