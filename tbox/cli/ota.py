@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import time
 from collections.abc import Callable
@@ -22,10 +23,25 @@ from tbox.ota.bootctl import BootCtl
 
 POLL_S = 0.5
 BUSY = ("checking", "downloading", "installing")
+PUBLISHER_COMMANDS = ("audit", "keys", "publish", "rollout", "rotate", "serve", "sign")
 Command = Callable[..., Any]
 
 
-@click.group()
+class OtaGroup(click.Group):
+    """The device's commands, and the publisher's, which are imported when one of them runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *PUBLISHER_COMMANDS])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in PUBLISHER_COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        found = getattr(importlib.import_module("tbox.cli.ota_publish"), cmd_name)
+        assert isinstance(found, click.Command)
+        return found
+
+
+@click.group(cls=OtaGroup)
 def ota() -> None:
     """Updates: device and publisher commands."""
 

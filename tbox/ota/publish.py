@@ -45,6 +45,7 @@ from tbox.ota import releases
 from tbox.ota.metadata import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TrustedSet, authority_of
 from tbox.ota.model import Delta, Full, VerifiedTarget
 from tbox.ota.releases import ROLLOUT_ROLE, Notice
+from tbox.ota.rollout import Progress, notice_with
 from tbox.ota.trust import drive, target_url_path
 
 DAYS_VALID: Mapping[str, int] = {ROOT: 365, TARGETS: 180, SNAPSHOT: 30, TIMESTAMP: 7, ROLLOUT_ROLE: 30}
@@ -240,6 +241,16 @@ class Publisher:
 
     # --- keys ------------------------------------------------------------------------------------
 
+    def key_ids(self, role: str) -> set[str]:
+        """Return the ids of the keys a role has now."""
+        above = self._current(TARGETS if role == ROLLOUT_ROLE else ROOT)
+        if above is None:
+            return set()
+        if role != ROLLOUT_ROLE:
+            return set(above.signed.roles[role].keyids)
+        roles = above.signed.delegations.roles if above.signed.delegations else {}
+        return set(roles[role].keyids) if role in roles else set()
+
     def rotate(self, changes: Sequence[KeyChange]) -> list[Path]:
         """Stage a root, and targets for the rollout role, with changed keys; return what must be signed."""
         paths = []
@@ -365,6 +376,28 @@ class Publisher:
     def notice(self) -> Notice:
         current = self._current(ROLLOUT_ROLE)
         return releases.notice_of(current.signed, ROLLOUT_ROLE) if current else Notice()
+
+    def rollout(self, sha256: str, now_s: float) -> Progress:
+        """Return how far an image's rollout has come; at its first stage when it has not begun."""
+        path = self.directory / "rollout" / f"{sha256}.json"
+        if not path.exists():
+            return Progress(sha256=sha256, since_s=now_s)
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Progress)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise TboxError(f"not a rollout's progress: {error}", where=str(path)) from None
+
+    def save_rollout(self, progress: Progress) -> bool:
+        """Keep the progress and stage the notice it makes; False when the notice says so already."""
+        directory = self.directory / "rollout"
+        directory.mkdir(exist_ok=True)
+        _write(directory / f"{progress.sha256}.json", msgspec.json.encode(progress))
+        before = self.notice()
+        after = notice_with(before, progress)
+        if after == before:
+            return False
+        self.notify(after)
+        return True
 
     # --- making it public ------------------------------------------------------------------------
 
