@@ -21,6 +21,7 @@ import can
 import numpy as np
 import numpy.typing as npt
 
+from tbox.bus import load_mf4
 from tbox.bus.dialects import TEXT_DIALECTS, Damaged, Dialect, ParsedFrame, recognise
 from tbox.bus.frames import FRAME, fd_flags, flagged_id, frames_of
 from tbox.bus.spec import BATCH_FRAMES_MAX
@@ -226,9 +227,7 @@ class Recording:
 
     def _mf4(self, file: IO[bytes]) -> Iterable[can.Message]:
         try:
-            from can.io.mf4 import MF4Reader  # asammdf takes a second to import
-
-            return MF4Reader(io.BytesIO(file.read()))
+            return cast("Iterable[can.Message]", load_mf4().MF4Reader(io.BytesIO(file.read())))
         except NotImplementedError:
             raise RecordingError(
                 "reading MF4 needs asammdf", where=str(self.path), mend='pip install "tbox[mf4]"'

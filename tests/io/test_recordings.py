@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tbox.bus import load_mf4
 from tbox.bus.frames import FD_LENGTHS
 from tbox.bus.recordings import (
     DAMAGED_KEPT_MAX,
@@ -242,7 +243,7 @@ def test_mf4_as_python_can_writes_it(tmp_path: Path) -> None:
         frame(t_s=100.5, can_id=0x99 | CAN_EFF_FLAG, data=bytes(64), fd=True),
     ]
     path = tmp_path / "x.mf4"
-    with can.MF4Writer(path) as writer:
+    with load_mf4().MF4Writer(path) as writer:
         for one in frames:
             writer.on_message_received(message_of_logged(one))
     recording = Recording(path)
