@@ -130,6 +130,7 @@ class Isolation:
         self._counter = 0
         self._sent = 0  # frames of this request, or of its withdrawal
         self._next_ns = -(1 << 62)
+        self._ask_ns = -(1 << 62)  # before that no other demand is due: the BMS has just heard the last
         self._since_ns = 0
         self._warned = False
         self._reason, self._index = 0, -1
@@ -192,7 +193,9 @@ class Isolation:
         self._sent += 1
         slow = asking and self._sent >= settings.fast_frames
         self._next_ns = t_ns + (settings.slow_ms if slow else settings.repeat_ms) * NS_PER_MS
-        if not asking and self._sent >= settings.withdraw_frames:
+        if asking:
+            self._ask_ns = t_ns + settings.repeat_ms * NS_PER_MS
+        elif self._sent >= settings.withdraw_frames:
             self._move(Event.DONE, t_ns)
         return [CanSend(settings.channel, settings.can_id, data, fd=False)] if settings.mode == "send" else []
 
@@ -207,8 +210,9 @@ class Isolation:
         self.state = next_state(self.state, event)
         if event in (Event.DEMAND, Event.CLEAR, Event.ACK_LOST):
             self._sent = 0
-            # A change is told at once, but never faster than the rate allows.
-            self._next_ns = max(t_ns, self._next_ns)
+            # A change is told at once, but never faster than the rate allows; a new demand does not wait
+            # for the slots of a withdrawal.
+            self._next_ns = max(t_ns, self._ask_ns if event is Event.DEMAND else self._next_ns)
 
     def _event(self, t_ns: int, state: str, text: str) -> Draft:
         dry = self._settings.mode == "dry_run"

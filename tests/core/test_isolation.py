@@ -131,6 +131,24 @@ def test_a_cleared_demand_is_withdrawn_with_request_zero() -> None:
     assert isolation.state is State.IDLE
 
 
+def test_a_new_demand_does_not_wait_for_the_slots_of_the_withdrawal_before_it() -> None:
+    isolation = Isolation(SEND)
+    run(isolation, 0, 300, HOT, False)
+    withdrawn, _ = run(isolation, 300, 450, [], False)
+    again, drafts = run(isolation, 450, 460, HOT, False)
+    assert [(t, frame.data[2]) for t, frame in withdrawn + again] == [(400, 0), (450, 1)]
+    assert again[0][1].data[1] == (withdrawn[0][1].data[1] + 1) % COUNTER_VALUES
+    assert [draft.body["state"] for draft in drafts] == ["requested"]
+
+
+def test_a_flapping_demand_asks_no_faster_than_its_rate() -> None:
+    isolation, sends = Isolation(SEND), []
+    for t_ms in range(0, 2000, 10):
+        sends += [(t_ms, f) for f in isolation.step(t_ms * MS, HOT if t_ms % 20 else [], None)[0]]
+    asked = [t for t, frame in sends if frame.data[2]]
+    assert len(asked) > 3 and all(b - a >= 200 for a, b in pairwise(asked))
+
+
 def test_a_dry_run_tells_everything_and_sends_nothing() -> None:
     isolation = Isolation(IsolationSettings(mode="dry_run"))
     sends, drafts = run(isolation, 0, 10_000, HOT, None)
@@ -157,12 +175,16 @@ def test_the_gravest_reason_is_given_when_several_alarms_ask() -> None:
 def test_it_never_sends_faster_than_its_rate_nor_without_cause(
     steps: list[tuple[int, bool, bool | None]],
 ) -> None:
-    isolation, t_ms, times, asked = Isolation(SEND), 0, [], False
+    isolation, t_ms, asked = Isolation(SEND), 0, False
+    sent: list[tuple[int, int]] = []
     for gap_ms, demanded, ack in steps:
         t_ms += gap_ms
         sends, _ = isolation.step(t_ms * MS, HOT if demanded else [], ack)
         asked = asked or demanded
-        times += [t_ms] * len(sends)
+        sent += [(t_ms, frame.data[2]) for frame in sends]
         assert all(frame.data[2] == int(demanded) for frame in sends)
-    assert asked or not times
-    assert all(b - a >= 200 for a, b in pairwise(times))
+    assert asked or not sent
+    for kind in (0, 1):
+        assert all(b - a >= 200 for a, b in pairwise(t for t, what in sent if what == kind))
+    # Only a new demand comes sooner after what it overrules.
+    assert all(b - a >= 200 or (was, now) == (0, 1) for (a, was), (b, now) in pairwise(sent))
