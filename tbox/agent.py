@@ -4,8 +4,8 @@ Threads, and what each alone may touch:
 
     can-rx-N   one a bus: reads batches and hands them to the pipeline; a full hand-over leaves them in the
                kernel, which counts what it drops
-    pipeline   decode and edge state; encodes records; sends the frames the edge asks for
-    spool      the only one that touches SQLite (spool/runner.py)
+    pipeline   decode and edge state; sends the frames the edge asks for
+    spool      gives out ids, encodes records, and alone touches SQLite (spool/runner.py)
     uplink     the pump beside paho's own thread (uplink/mqtt.py)
     control    one Unix socket; answers from copies or asks the owner
     main       signals, clock, heartbeats, health records, the order of stopping
@@ -14,8 +14,7 @@ Threads, and what each alone may touch:
 from __future__ import annotations
 
 import random
-import threading
-from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,7 @@ class Agent:
         ]
         writers = [BusWriter(reader, bus.allow) for reader, bus in zip(readers, config.bus, strict=True)]
         self.pipeline = PipelineThread(
-            Flow(decode, edge, self.scribe), writers, self.keep, self.clock.now, self.health.heart("pipeline")
+            Flow(decode, edge), writers, self.runner.keep, self.clock.now, self.health.heart("pipeline")
         )
         self.buses = [
             BusThread(reader, self.pipeline.inbox, self.health.heart(f"can-rx-{reader.channel}"))
@@ -162,15 +161,16 @@ class Agent:
         seen = highest_start_seen(config.spool_directory)
         self.start_number = next_start(OsStorage(), directory, seen=seen)
         privacy = PrivacyFilter(config.privacy, random.SystemRandom().random)
-        self.minter = Minter(self.start_number, self.vehicle, privacy, guard=threading.Lock())
-        self.scribe = Scribe(self.minter, privacy, self.ledger.stage("record", "records"))
+        self.minter = Minter(self.start_number, self.vehicle, privacy, guard=nullcontext())
+        scribe = Scribe(self.minter, privacy, self.ledger.stage("record", "records"))
         self.spool = Spool.open(
             config.spool_directory, config.spool, start=self.start_number, now=now, ledger=self.ledger,
-            mint=lambda draft: self.scribe.record(draft, self.clock.now()),
+            mint=lambda draft: scribe.record(draft, self.clock.now()),
         )  # fmt: skip
         self.runner = SpoolRunner(
-            self.spool, self.clock.now, self.health.heart("spool"), config.spool.tick_ms
-        )
+            self.spool, scribe.records, self._kept, self.clock.now, self.health.heart("spool"),
+            config.spool.tick_ms,
+        )  # fmt: skip
         body = {
             "event": "start",
             "start": self.start_number,
@@ -178,7 +178,7 @@ class Agent:
             "previous": None if self.spool.previous is None else _told(self.spool.previous),
         }
         first = Draft("event", Level.INFO, now.mono_ns, body)
-        self.runner.append(self.scribe.records([first], now))
+        self.runner.keep([first], now)
 
     # --- life -----------------------------------------------------------------------------------------
 
@@ -232,7 +232,8 @@ class Agent:
         for bus in self.buses:
             bus.stop()
         self.pipeline.stop()
-        totals = self.totals()
+        # Asked of the spool's thread, the ledger holds everything that was handed over before.
+        totals = self.totals() if self.runner.failure else self.runner.call(lambda _: self.totals())
         self.tell("event", event="stop", ledger=totals)
         self.uplink.stop(drain_s)
         self.runner.stop()
@@ -247,9 +248,8 @@ class Agent:
 
     # --- records --------------------------------------------------------------------------------------
 
-    def keep(self, records: Sequence[Record]) -> None:
-        """Hand records to the spool, and a glimpse of them to whoever tails."""
-        self.runner.append(records)
+    def _kept(self, records: list[Record]) -> None:
+        """Wake the uplink and give a glimpse to whoever tails. Called in the spool's thread."""
         self.uplink.wake()
         if self.feed.wanted:
             for record in records:
@@ -258,7 +258,7 @@ class Agent:
     def tell(self, kind: str, **body: Any) -> None:
         """Keep one record of the system itself."""
         now = self.clock.now()
-        self.keep(self.scribe.records([Draft(kind, Level.INFO, now.mono_ns, body)], now))
+        self.runner.keep([Draft(kind, Level.INFO, now.mono_ns, body)], now)
 
     def _tell_offset(self, offset: Offset | None) -> None:
         """Say that the wall clock was set or jumped; the first time after the start record."""

@@ -23,7 +23,7 @@ from tbox.edge.stage import EdgeStage
 from tbox.errors import TboxError
 from tbox.health import Heart
 from tbox.ledger import StageLedger
-from tbox.model import CanSend, Draft, FrameBatch, Now, Record, SampleBatch
+from tbox.model import CanSend, Draft, EdgeOutput, FrameBatch, Now, Record, SampleBatch
 from tbox.record.codec import Minter, PayloadTooLargeError
 from tbox.record.privacy import PrivacyFilter
 from tbox.threads import Ask
@@ -43,53 +43,52 @@ NO_SAMPLES = SampleBatch(
 
 
 class Scribe:
-    """Turns drafts into records, from any thread: consent first, then the id, then the bytes, all counted."""
+    """Turns drafts into records: consent first, then the id, then the bytes, all counted.
+
+    Ids follow the order in which records reach the spool, so it belongs to the thread that owns the spool:
+    then no record can be lost below an id that was committed.
+    """
 
     def __init__(self, minter: Minter, privacy: PrivacyFilter, account: StageLedger) -> None:
         self._minter, self._privacy, self._account = minter, privacy, account
-        self._lock = threading.Lock()
 
     def records(self, drafts: Sequence[Draft], now: Now) -> list[Record]:
         """Return the records of the drafts that may leave; the others are counted by cause."""
         kept = []
         for draft in drafts:
-            with self._lock:
+            if not self._privacy.admits(draft):
                 self._account.into += 1
-            cause = "consent"
-            if self._privacy.admits(draft):
-                try:
-                    kept.append(self.record(draft, now))
-                    continue
-                except PayloadTooLargeError as error:
-                    cause = "too_large"
-                    log.error("record_too_large", kind=draft.kind, why=str(error))
-            with self._lock:
-                self._account.drop(cause)
+                self._account.drop("consent")
+                continue
+            try:
+                kept.append(self.record(draft, now))
+            except PayloadTooLargeError as error:
+                self._account.drop("too_large")
+                log.error("record_too_large", kind=draft.kind, why=str(error))
         return kept
 
     def record(self, draft: Draft, now: Now) -> Record:
         """Return the record of a draft that needs no consent. Raises PayloadTooLargeError."""
+        self._account.into += 1
         record = self._minter.mint(draft, now)
-        with self._lock:
-            self._account.out += 1
+        self._account.out += 1
         return record
 
 
 class Flow:
-    """bus → decode → edge → records, without thread or clock, for the daemon and virtual time."""
+    """bus → decode → edge, without thread or clock, for the daemon and virtual time."""
 
-    def __init__(self, decode: DecodeStage, edge: EdgeStage, scribe: Scribe) -> None:
-        self.decode, self.edge, self.scribe = decode, edge, scribe
+    def __init__(self, decode: DecodeStage, edge: EdgeStage) -> None:
+        self.decode, self.edge = decode, edge
 
-    def step(self, now: Now, batch: FrameBatch | None) -> tuple[list[Record], list[CanSend]]:
+    def step(self, now: Now, batch: FrameBatch | None) -> EdgeOutput:
         """Take the frames of one bus, None when only time passed; return what to keep and what to send."""
         samples = self.decode.step(now, batch) if batch is not None else NO_SAMPLES
-        output = self.edge.step(now, samples, batch)
-        return self.scribe.records(output.drafts, now), output.sends
+        return self.edge.step(now, samples, batch)
 
-    def flush(self, now: Now) -> list[Record]:
+    def flush(self, now: Now) -> EdgeOutput:
         """Close what is open: windows, journeys, captures."""
-        return self.scribe.records(self.edge.flush(now).drafts, now)
+        return self.edge.flush(now)
 
 
 class BusThread:
@@ -132,10 +131,10 @@ class BusThread:
 
 
 class PipelineThread:
-    """Owns the Flow: takes batches in, hands records to the spool and frames to the writers."""
+    """Owns the Flow: takes batches in, hands drafts to the spool's thread and frames to the writers."""
 
     def __init__(
-        self, flow: Flow, writers: Sequence[BusWriter], keep: Callable[[Sequence[Record]], None],
+        self, flow: Flow, writers: Sequence[BusWriter], keep: Callable[[Sequence[Draft], Now], None],
         now: Callable[[], Now], heart: Heart,
     ) -> None:  # fmt: skip
         self.inbox: queue.Queue[FrameBatch | Ask[Any]] = queue.Queue(HANDOVER_BATCHES_MAX)
@@ -164,7 +163,8 @@ class PipelineThread:
             while not (self._stopping.is_set() and self.inbox.empty()):
                 self._step()
                 self._heart.beat()
-            self._keep(self._flow.flush(self._now()))
+            now = self._now()
+            self._keep(self._flow.flush(now).drafts, now)
         except BaseException as error:
             self.failure = error
             log.exception("pipeline_thread_died")
@@ -176,10 +176,11 @@ class PipelineThread:
         if isinstance(item, Ask):
             item.run()
             return
-        records, sends = self._flow.step(self._now(), item)
-        self._keep(records)
-        for frame in sends:
+        now = self._now()
+        output = self._flow.step(now, item)
+        for frame in output.sends:
             self._send(frame)
+        self._keep(output.drafts, now)
 
     def _send(self, frame: CanSend) -> None:
         try:

@@ -53,10 +53,11 @@ class World:
         decode, edge = build_stages(self.config, self.ledger)
         privacy = PrivacyFilter(self.config.privacy, dice.random)
         minter = Minter(self.start, self.config.vehicle.id, privacy, guard=nullcontext())
-        self.flow = Flow(decode, edge, Scribe(minter, privacy, self.ledger.stage("record", "records")))
+        self.flow = Flow(decode, edge)
+        self._scribe = Scribe(minter, privacy, self.ledger.stage("record", "records"))
         self.spool = Spool.open(
             self.directory, self.config.spool, start=self.start, now=self.now, ledger=self.ledger,
-            mint=lambda draft: self.flow.scribe.record(draft, self.now), random=dice.randbytes,
+            mint=lambda draft: self._scribe.record(draft, self.now), random=dice.randbytes,
         )  # fmt: skip
         self.uplink = VirtualUplink(
             self.config.uplink.session, self, self.broker, vehicle=self.config.vehicle.id, start=self.start,
@@ -97,7 +98,7 @@ class World:
 
     def stop(self) -> None:
         """End the start in order: flush, say so, drain, close."""
-        self.spool.append(self.flow.flush(self.now))
+        self._keep(self.flow.flush(self.now).drafts)
         totals = self.ledger.snapshot()
         self._tell({"event": "stop", "ledger": totals})
         self.uplink.stop(self._t_ns)
@@ -109,9 +110,9 @@ class World:
         self.spool.close(self.now, clean=True, ledger_totals=totals)
 
     def _flow_step(self, batch: FrameBatch | None) -> None:
-        records, sends = self.flow.step(self.now, batch)
-        self.spool.append(records)
-        for frame in sends:
+        output = self.flow.step(self.now, batch)
+        self._keep(output.drafts)
+        for frame in output.sends:
             if frame.can_id in self.config.bus[frame.channel].allow:
                 self.sent.append(frame)
                 self.simulator.receive(frame, self._t_ns)
@@ -124,5 +125,7 @@ class World:
         return wake_ns
 
     def _tell(self, body: dict[str, object]) -> None:
-        draft = Draft("event", Level.INFO, self._t_ns, body)
-        self.spool.append(self.flow.scribe.records([draft], self.now))
+        self._keep([Draft("event", Level.INFO, self._t_ns, body)])
+
+    def _keep(self, drafts: Sequence[Draft]) -> None:
+        self.spool.append(self._scribe.records(drafts, self.now))

@@ -1,6 +1,6 @@
 """The spool's thread: the only one that touches the spool. Nobody else ever waits for flash.
 
-The uplink's `offer` waits a bounded time for an answer; `append`, `ack` and `requeue` return at once.
+The uplink's `offer` waits a bounded time for an answer; `keep`, `ack` and `requeue` return at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import structlog
 
 from tbox.health import Heart
-from tbox.model import NS_PER_MS, NS_PER_S, Now, Record
+from tbox.model import NS_PER_MS, NS_PER_S, Draft, Now, Record
 from tbox.spool.store import Spool
 from tbox.threads import Ask
 
@@ -25,15 +25,29 @@ OFFER_WAIT_S = 0.05  # how long the uplink's pump waits for records before it lo
 
 
 class SpoolRunner:
-    """Owns a Spool from `start()` to `stop()`. Implements the uplink's SpoolPort."""
+    """Owns a Spool from `start()` to `stop()`. Implements the uplink's SpoolPort.
 
-    def __init__(self, spool: Spool, now: Callable[[], Now], heart: Heart, tick_ms: int) -> None:
+    mint turns drafts into records; kept is told of them. Both are called in the spool's thread only, so that
+    ids follow the order of appending.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        mint: Callable[[Sequence[Draft], Now], list[Record]],
+        kept: Callable[[list[Record]], None],
+        now: Callable[[], Now],
+        heart: Heart,
+        tick_ms: int,
+    ) -> None:
         self._spool = spool
+        self._mint = mint
+        self._kept = kept
         self._now = now
         self._heart = heart
         self._tick_ns = tick_ms * NS_PER_MS
         self._wake = threading.Condition()
-        self._appended: list[Record] = []
+        self._drafts: list[tuple[Sequence[Draft], Now]] = []
         self._acked: list[int] = []
         self._requeue = False
         self._room = 0  # what the uplink asked for and was not answered yet
@@ -49,11 +63,11 @@ class SpoolRunner:
     def start(self) -> None:
         self._thread.start()
 
-    def append(self, records: Sequence[Record]) -> None:
-        """Hand records over; they belong to the open tick from here on."""
-        if records:
+    def keep(self, drafts: Sequence[Draft], now: Now) -> None:
+        """Hand drafts over; their records belong to the open tick from here on."""
+        if drafts:
             with self._wake:
-                self._appended.extend(records)
+                self._drafts.append((drafts, now))
                 self._wake.notify()
 
     def ack(self, ids: Sequence[int]) -> None:
@@ -119,14 +133,16 @@ class SpoolRunner:
         with self._wake:
             wait_s = max(0.0, (next_tick_ns - self._now().mono_ns) / NS_PER_S)
             self._wake.wait_for(self._has_work, wait_s)
-            appended, self._appended = self._appended, []
+            handed, self._drafts = self._drafts, []
             acked, self._acked = self._acked, []
             requeue, self._requeue = self._requeue, False
             room, self._room = self._room, 0
             calls, self._calls = self._calls, deque()
             stopping = self._stopping
-        if appended:
-            self._spool.append(appended)
+        for drafts, made in handed:
+            records = self._mint(drafts, made)
+            self._spool.append(records)
+            self._kept(records)
         if acked:
             self._spool.ack(acked)
         if requeue:
@@ -144,5 +160,5 @@ class SpoolRunner:
 
     def _has_work(self) -> bool:
         return bool(
-            self._appended or self._acked or self._requeue or self._room or self._calls or self._stopping
+            self._drafts or self._acked or self._requeue or self._room or self._calls or self._stopping
         )
