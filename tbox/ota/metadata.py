@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
@@ -594,3 +594,22 @@ def _delegations(targets: Targets, path: str) -> Iterator[tuple[str, bool]]:
     """Yield (role, terminating) of those a path is delegated to."""
     if targets.delegations is not None:
         yield from targets.delegations.get_roles_for_target(path)
+
+
+# Returns the file at a path below the metadata URL, of at most so many bytes; None when there is none.
+Fetch = Callable[[str, int], bytes | None]
+
+
+def drive(steps: Steps[R], fetch: Fetch) -> R:
+    """Run a workflow to its end with files from `fetch`. Raises what either raises."""
+    answer: bytes | None = None
+    try:
+        want = next(steps)
+        while True:
+            answer = fetch(want.path, want.length_max)
+            if answer is not None and len(answer) > want.length_max:
+                raise MetadataError(f"more than {want.length_max} bytes", where=want.path)
+            want = steps.send(answer)
+    except StopIteration as end:
+        result: R = end.value
+        return result

@@ -46,7 +46,7 @@ from tbox.ota.metadata import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TrustedSet, au
 from tbox.ota.model import Delta, Full, VerifiedTarget
 from tbox.ota.releases import ROLLOUT_ROLE, Notice
 from tbox.ota.rollout import Progress, notice_with
-from tbox.ota.trust import drive, target_url_path
+from tbox.ota.trust import target_url_path
 
 DAYS_VALID: Mapping[str, int] = {ROOT: 365, TARGETS: 180, SNAPSHOT: 30, TIMESTAMP: 7, ROLLOUT_ROLE: 30}
 DELTA_BASES = 3  # releases back that get a delta
@@ -489,10 +489,10 @@ class Publisher:
             return files.get(path) or (place.read_bytes() if place.exists() else None)
 
         trusted = TrustedSet(roots[0])
-        drive(core.refresh(trusted, self._now), fetch)
+        core.drive(core.refresh(trusted, self._now), fetch)
         hardware = {name for release in self.releases() for name in release.hardware_ids}
         for hardware_id in sorted(hardware):
-            drive(releases.offer(trusted, self._now, hardware_id, lambda release: True), fetch)
+            core.drive(releases.offer(trusted, self._now, hardware_id, lambda release: True), fetch)
 
 
 def _change_keys(root: Root, change: KeyChange) -> None:

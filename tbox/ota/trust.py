@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -23,29 +23,11 @@ from tbox.durable import OsStorage, Storage
 from tbox.errors import Refused, TboxError
 from tbox.ota import metadata, releases
 from tbox.ota.fetch import Http
-from tbox.ota.metadata import HASHES, Found, Steps, TrustedSet
+from tbox.ota.metadata import HASHES, Fetch, Found, Steps, TrustedSet, drive
 from tbox.ota.model import VerifiedTarget
 from tbox.ota.truststore import TrustStore
 
 R = TypeVar("R")
-
-# Returns the file at a path below the metadata URL, of at most so many bytes; None when there is none.
-Fetch = Callable[[str, int], bytes | None]
-
-
-def drive(steps: Steps[R], fetch: Fetch) -> R:
-    """Run a workflow to its end with files from `fetch`. Raises what either raises."""
-    answer: bytes | None = None
-    try:
-        want = next(steps)
-        while True:
-            answer = fetch(want.path, want.length_max)
-            if answer is not None and len(answer) > want.length_max:
-                raise metadata.MetadataError(f"more than {want.length_max} bytes", where=want.path)
-            want = steps.send(answer)
-    except StopIteration as end:
-        result: R = end.value
-        return result
 
 
 class TrustClient:
