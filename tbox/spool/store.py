@@ -12,7 +12,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import structlog
@@ -55,6 +55,8 @@ from tbox.spool.schema import KIND_CODES, KIND_NAMES
 from tbox.spool.seal import TAG_BYTES, Random
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 READ_BYTES_MAX = 256 * 1024  # payload read from flash in one offer: live records wait for it
 READ_ROWS_MAX = 256
@@ -762,6 +764,14 @@ class Spool:
             "flash_bytes_written": self._meter.total_bytes,
             "flash_bytes_today": self._meter.today_bytes,
         }
+
+    def look(self, work: Callable[[Flash, Keyring], T]) -> T:
+        """Let `work` read the file for a person. Raises SpoolError while the spool runs from RAM."""
+        if self._flash is None or self._keys is None:
+            raise SpoolError(
+                f"runs from RAM: {self._ram_reason}", where=self._directory, mend="mend the medium"
+            )
+        return work(self._flash, self._keys)
 
     def close(self, now: Now, *, clean: bool, ledger_totals: dict[str, Any]) -> None:
         """Commit what is open and close. clean: the start row then says so, with the ledger's totals."""

@@ -137,6 +137,20 @@ class TestWholeChain:
             assert json.loads(tail.stdout.readline())["kind"] in ("telemetry", "event", "alarm", "health")
             tail.terminate()
 
+    def test_a_live_spool_is_looked_into_through_the_daemon(self, bench: Bench) -> None:
+        bench.daemon.start()
+        bench.link.cut()
+        bench.vehicle()
+        wait_for("a backlog", lambda: bench.daemon.status()["spool"]["records"] > 5)
+        spool = str(bench.daemon.directory / "state" / "spool")
+        assert json.loads(tbox("spool", "stat", spool).stdout)["records"] > 5
+        newest = [json.loads(line) for line in tbox("spool", "tail", "-n", "3", spool).stdout.splitlines()]
+        assert len(newest) == 3 and all(record["payload"] for record in newest)
+        assert json.loads(tbox("spool", "verify", spool).stdout)["unreadable"] == 0
+        assert bench.daemon.stop() == 0
+        stopped = json.loads(tbox("spool", "verify", spool).stdout)
+        assert stopped["whole"] and stopped["records"] > 5 and stopped["unreadable"] == 0
+
     def test_a_second_daemon_on_the_same_state_refuses(self, bench: Bench) -> None:
         bench.daemon.start()
         refused = tbox("run", "--config", str(bench.daemon.config), check=False)

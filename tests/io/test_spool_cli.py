@@ -89,11 +89,12 @@ def test_a_missing_key_is_one_line_with_the_mend(stopped: tuple[Path, list[Recor
 
 def test_a_live_spool_is_asked_for_through_the_control_socket(tmp_path: Path) -> None:
     minter = Minter(1, random.Random(1))
-    spool = Spool.open(str(tmp_path), settings(), start=1, mint=minter, now=Now(0), ledger=Ledger())
+    directory = tmp_path / "spool"
+    spool = Spool.open(str(directory), settings(), start=1, mint=minter, now=Now(0), ledger=Ledger())
     server = ControlServer(str(tmp_path / "control.sock"), {"spool-stat": lambda _message: spool.stat()})
     server.start()
     try:
-        assert json.loads(_run("stat", str(tmp_path)))["state"] == "flash"
+        assert json.loads(_run("stat", str(directory)))["state"] == "flash"
     finally:
         server.close()
         spool.close(Now(1), clean=True, ledger_totals={})
