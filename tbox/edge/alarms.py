@@ -339,14 +339,3 @@ def _span(duration_ns: int) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def diagram() -> str:
-    """Return the table as a Mermaid state diagram, for the README."""
-    lines = ["stateDiagram-v2", f"    [*] --> {State.QUIET}"]
-    lines += [
-        f"    {state} --> {after}: {event}"
-        for state, events in TRANSITIONS.items()
-        for event, after in events.items()
-    ]
-    return "\n".join(lines)

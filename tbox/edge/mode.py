@@ -218,10 +218,3 @@ class ModeTracker:
             return CHARGING_UNPLUGGED
         tapering = self.context.mode is Mode.CHARGING_DC  # a DC charge ends at low power and stays DC
         return CHARGING_DC if tapering or power_kw >= self._settings.dc_kw else CHARGING_AC
-
-
-def diagram() -> str:
-    """Return the mode table as a Mermaid state diagram, for the README."""
-    lines = ["stateDiagram-v2", f"    [*] --> {Mode.IDLE}"]
-    lines += [f"    {a} --> {b}: {event}" for a, row in TRANSITIONS.items() for event, b in row.items()]
-    return "\n".join(lines)

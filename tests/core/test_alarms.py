@@ -19,7 +19,6 @@ from tbox.edge.alarms import (
     IllegalEvent,
     State,
     Told,
-    diagram,
     draft_of,
     next_state,
     shown,
@@ -61,12 +60,10 @@ def test_every_pair_of_state_and_event_leads_where_the_table_says_or_raises(
             next_state(state, event)
 
 
-def test_every_state_can_be_reached_and_left_and_the_diagram_has_every_arrow() -> None:
+def test_every_state_can_be_reached_and_left() -> None:
     reached = {after for events in TRANSITIONS.values() for after in events.values()}
     assert reached == set(State) == set(TRANSITIONS)
     assert all(TRANSITIONS[state] for state in State)
-    arrows = sum(len(events) for events in TRANSITIONS.values())
-    assert diagram().count("-->") == arrows + 1
 
 
 def test_an_alarm_is_raised_after_its_time_and_cleared_after_its_time() -> None:

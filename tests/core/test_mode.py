@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tbox.edge.mode import TRANSITIONS, Event, IllegalTransition, Mode, ModeTracker, diagram, next_mode
+from tbox.edge.mode import TRANSITIONS, Event, IllegalTransition, Mode, ModeTracker, next_mode
 from tbox.model import NS_PER_MS, Draft, Now, PackSnapshot
 
 
@@ -110,10 +110,6 @@ def test_a_silent_bus_ends_the_journey_in_time() -> None:
     drive.hold(5, speed=30)
     assert drive.hold(120) is Mode.CITY
     assert drive.hold(120) is Mode.IDLE
-
-
-def test_the_diagram_shows_every_transition() -> None:
-    assert diagram().count("-->") == 1 + sum(len(row) for row in TRANSITIONS.values())
 
 
 scalars = st.fixed_dictionaries(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,16 @@ def test_the_readme_draws_the_tables_of_today() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["tbox.edge.alarms", "tbox.uplink.session", "tbox.ota.boot"])
+def test_a_diagram_shows_every_event_of_its_table(module: str) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "diagrams"))
+    table = dict(script["TABLES"])[module]
+    drawn = script["diagram"](module, table)
+    flat = script["arrows"](getattr(importlib.import_module(module), table))
+    assert len(flat) > 5
+    assert all(f"{source} --> {target}: " in drawn and event in drawn for source, event, target in flat)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
