@@ -571,3 +571,52 @@ def test_hashes_must_all_hold_and_one_must_be_known() -> None:
     assert not matches(data, 7, {"magic": right})
     assert not matches(data, 7, {"md5": hashlib.md5(data).hexdigest()})
     assert not matches(data, 7, {})
+
+
+# --- tests of the tests: with a bug planted, the bad input gets in ------------------------------------------
+
+
+def test_counting_by_key_id_would_let_one_key_count_twice(
+    repository: Repository, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "fingerprint", lambda key: hashlib.sha256(key.keyid.encode()).hexdigest())
+    test_bug = pytest.raises(pytest.fail.Exception, match="DID NOT RAISE")
+    with test_bug:
+        test_one_key_under_two_ids_counts_once(repository, device)
+
+
+def test_a_root_checked_by_its_own_keys_alone_would_be_anybodys(
+    repository: Repository, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update_root(trusted: TrustedSet, raw: bytes) -> None:
+        new = parse(Root, "root", raw)
+        metadata.authority_of(new.signed, "root").signers(new)  # the threshold of the wrong root
+        trusted.root = new
+        trusted.roots.append(raw)
+
+    monkeypatch.setattr(TrustedSet, "update_root", update_root)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_a_new_root_by_only_the_old_or_only_the_new_keys_is_refused(repository, device, "new")
+
+
+def test_a_threshold_taken_for_one_would_let_one_signer_in(
+    repository: Repository, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signers(authority: Authority, loaded: Any) -> frozenset[str]:
+        if not authority.count(loaded):
+            raise MetadataError("signed by 0 keys")
+        return authority.prints()
+
+    monkeypatch.setattr(Authority, "signers", signers)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_one_key_under_two_ids_counts_once(repository, device)
+
+
+def test_floors_that_lapse_with_any_new_key_would_let_a_replay_in(
+    repository: Repository, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        metadata, "_holds", lambda floor, authority: authority.prints() == frozenset(floor.signers)
+    )
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        test_a_floor_lapses_only_when_the_keys_that_set_it_no_longer_suffice(repository, device)
