@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 from tbox.errors import TboxError
+from tbox.imports import import_without
 
 FAMILY = 1
 FAMILY_SIZE = 1000
@@ -89,6 +90,7 @@ def bring_up(connection: Connection, where: str, migrations: Sequence[Migration]
     done = found % FAMILY_SIZE
     if done >= len(migrations):
         return
+    import_without("sqlite_utils", "pandas")  # 40 MB that a daemon would never give back
     import sqlite_utils  # only when there is something to make: it is slow to import
 
     db = sqlite_utils.Database(cast(sqlite3.Connection, connection), recursive_triggers=False)
