@@ -7,17 +7,19 @@ Threads, and what each alone may touch:
     pipeline   decode and edge state; sends the frames the edge asks for
     spool      gives out ids, encodes records, and alone touches SQLite (spool/runner.py)
     uplink     the pump beside paho's own thread (uplink/mqtt.py)
+    ota        the update engine, where `tbox boot` started this (update.py)
     control    one Unix socket; answers from copies or asks the owner
     main       signals, clock, heartbeats, health records, the order of stopping
 """
 
 from __future__ import annotations
 
+import os
 import random
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
@@ -35,7 +37,7 @@ from tbox.decode.stage import DecodeStage
 from tbox.durable import OsStorage
 from tbox.edge.rules import RuleSet, load_rules
 from tbox.edge.stage import EdgeStage
-from tbox.errors import TboxError
+from tbox.errors import Refused, TboxError
 from tbox.flow import BusThread, Flow, PipelineThread, Scribe
 from tbox.health import Health, notify_systemd, process_figures
 from tbox.ledger import Ledger, StageTotals
@@ -46,7 +48,12 @@ from tbox.spool.runner import SpoolRunner
 from tbox.spool.store import PreviousStart, Spool, highest_start_seen
 from tbox.uplink.mqtt import MqttUplink
 
+if TYPE_CHECKING:
+    from tbox.update import Updates
+
 log = structlog.get_logger()
+
+RESTART_DRAIN_S = 2.0  # a restart does not wait long for PUBACKs: the next start goes on where it stopped
 
 
 def vehicle_name(config: Config) -> str:
@@ -153,6 +160,20 @@ class Agent:
             config.uplink, self.vehicle, self.runner,
             start=self.start_number, last_id=lambda: self.minter.last_id,
         )  # fmt: skip
+        self.updates = self._open_updates()
+
+    def _open_updates(self) -> Updates | None:
+        """Return what keeps this agent up to date, None where no boot loader started it."""
+        if not os.environ.get("TBOX_SLOT"):
+            return None
+        # Metadata and HTTP libraries take memory that an agent without slots need not spend.
+        from tbox.update import Around, open_updates
+
+        around = Around(
+            self.vehicle, self.start_number, self.ledger, self.buses, self.pipeline, self.runner, self.uplink,
+            self.clock.now, lambda draft: self.runner.keep([draft], self.clock.now()),
+        )  # fmt: skip
+        return open_updates(self.config, around)
 
     def _open_spool(self, now: Now) -> None:
         """Raise the start number, open the spool, and make this start's first record."""
@@ -188,6 +209,8 @@ class Agent:
         for bus in self.buses:
             bus.start()
         self.uplink.start()
+        if self.updates is not None:
+            self.updates.start()
         self._control.start()
         notify_systemd("READY=1")
         log.info(
@@ -204,6 +227,8 @@ class Agent:
         if self._failed() or not self.uplink.alive:
             return False
         self.health.heart("uplink").beats = self.uplink.beat
+        if self.updates is not None:
+            self.health.heart("ota").beats = self.updates.beat
         if not (stalled := self.health.stalled(now.mono_ns)):
             notify_systemd("WATCHDOG=1")
         else:
@@ -212,6 +237,11 @@ class Agent:
             self._health_due = Deadline.after(now.mono_ns, self.config.device.health_s)
             self.tell("health", **self.figures())
         return True
+
+    @property
+    def restart_command(self) -> list[str] | None:
+        """What to run before an agent that an update wants to start anew, [] for nothing; else None."""
+        return self.updates.restart_command if self.updates is not None else None
 
     def reload(self) -> None:
         """Take the thresholds anew (SIGHUP). A bad file is refused and told; the old ones go on."""
@@ -229,6 +259,10 @@ class Agent:
         """Drain and stop in the order of the flow; what cannot be sent in `drain_s` stays in the spool."""
         notify_systemd("STOPPING=1")
         log.info("stopping")
+        if self.updates is not None:
+            self.updates.stop()
+        if self.restart_command is not None:
+            drain_s = min(drain_s, RESTART_DRAIN_S)
         for bus in self.buses:
             bus.stop()
         self.pipeline.stop()
@@ -305,4 +339,14 @@ class Agent:
         def tail(_message: Message) -> Stream:
             return self.feed.subscribe(self._control.stopped)
 
-        return {"status": status, "tail": tail, "spool-stat": lambda _m: self.runner.call(Spool.stat)}
+        def ota(message: Message) -> Message:
+            if self.updates is None:
+                raise Refused("no updates here", mend="start the agent by `tbox boot`, from a slot")
+            return self.updates.handle(message)
+
+        return {
+            "status": status,
+            "tail": tail,
+            "spool-stat": lambda _m: self.runner.call(Spool.stat),
+            "ota": ota,
+        }

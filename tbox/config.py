@@ -16,11 +16,15 @@ from tbox.bus.spec import BusSpec
 from tbox.decode.database import DecodeSettings
 from tbox.edge.stage import EdgeSettings
 from tbox.model import CAN_EFF_FLAG, CAN_EFF_MASK, CAN_SFF_MASK
+from tbox.ota.fetch import FetchSettings
+from tbox.ota.policy import Bearer, OtaSettings
 from tbox.record.privacy import PrivacySettings
 from tbox.spool.store import SpoolSettings
 from tbox.uplink.session import UplinkSettings
 
 BUSES_MAX = 8
+
+Url = Annotated[str, msgspec.Meta(pattern="^(https?://[^ ]+)?$", max_length=1000)]
 
 
 class VehicleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,6 +66,19 @@ class BusConfig(BusSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return frozenset(i if i <= CAN_SFF_MASK else i | CAN_EFF_FLAG for i in self.send)
 
 
+class OtaConfig(OtaSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where updates come from and what holds them. Without metadata_url none is looked for.
+
+    targets_url "": beside the metadata, as published. bearer: what the link runs over, as far as is known.
+    The slots and the first trusted root are where `tbox boot` says.
+    """
+
+    metadata_url: Url = ""
+    targets_url: Url = ""
+    fetch: FetchSettings = FetchSettings()
+    bearer: Bearer = "cellular"
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole of tbox.toml."""
 
@@ -74,6 +91,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     edge: EdgeSettings = EdgeSettings()
     privacy: PrivacySettings = PrivacySettings()
     spool: SpoolSettings = SpoolSettings()
+    ota: OtaConfig = OtaConfig()
 
     @property
     def control_socket(self) -> str:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from tbox import control
 from tbox.cli.boot import control_status
-from tbox.cli.run import _socket, config_option, socket_option
+from tbox.cli.run import config_option, find_socket, socket_option
 from tbox.durable import OsStorage
 from tbox.errors import Refused
 from tbox.ota.bootctl import BootCtl
@@ -53,7 +53,7 @@ def agent_option(command: Command) -> Command:
     @socket_option
     @functools.wraps(command)
     def found(*args: Any, config_path: str, socket: str, **options: Any) -> Any:
-        return command(*args, agent=_socket(socket, config_path), **options)
+        return command(*args, agent=find_socket(socket, config_path), **options)
 
     return found
 

@@ -8,6 +8,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,17 @@ def run(config_path: str, check: bool) -> None:
     agent.stop(config.device.drain_s if healthy else 0)
     if not healthy:
         raise SystemExit(1)
+    if agent.restart_command is not None:
+        _restart(agent.restart_command)
+
+
+def _restart(command: list[str]) -> None:
+    """Have the boot loader start us anew: by a command of its own, or by the exit code it waits for."""
+    from tbox.ota.supervisor import RESTART_EXIT  # the boot loader's side; of no use before
+
+    if command:
+        subprocess.run(command, check=False)
+    raise SystemExit(RESTART_EXIT)
 
 
 class _Signals:
@@ -79,6 +91,8 @@ class _Signals:
 def _supervise(agent: Agent, signals: _Signals) -> bool:
     """Return True when asked to stop, False when a part of the daemon died."""
     while agent.supervise():
+        if agent.restart_command is not None:
+            return True
         came = signals.wait(SUPERVISE_S)
         if signal.SIGTERM in came or signal.SIGINT in came:
             return True
@@ -87,7 +101,8 @@ def _supervise(agent: Agent, signals: _Signals) -> bool:
     return False
 
 
-def _socket(socket: str, config_path: str) -> str:
+def find_socket(socket: str, config_path: str) -> str:
+    """Return where the agent's control socket is: as given, as configured, or the default."""
     if socket:
         return socket
     with contextlib.suppress(TomlError):
@@ -100,7 +115,7 @@ def _socket(socket: str, config_path: str) -> str:
 @socket_option
 def status(config_path: str, socket: str) -> None:
     """Print a running daemon's state as JSON."""
-    click.echo(json.dumps(request(_socket(socket, config_path), {"cmd": "status"}), indent=2))
+    click.echo(json.dumps(request(find_socket(socket, config_path), {"cmd": "status"}), indent=2))
 
 
 @click.command()
@@ -109,6 +124,6 @@ def status(config_path: str, socket: str) -> None:
 @click.option("--kind", help="Only records of this kind.")
 def tail(config_path: str, socket: str, kind: str | None) -> None:
     """Follow a running daemon's records, one JSON object a line."""
-    for record in stream(_socket(socket, config_path), {"cmd": "tail"}):
+    for record in stream(find_socket(socket, config_path), {"cmd": "tail"}):
         if record and (kind is None or record.get("kind") == kind):
             click.echo(json.dumps(record))

@@ -144,7 +144,9 @@ class EdgeStage:
         return {
             "mode": str(self._context.mode),
             "speed_kmh": scalars.get("speed"),
+            "gear": scalars.get("gear"),
             "soc_percent": scalars.get("soc"),
+            "low_voltage_v": scalars.get("low_voltage"),
             "hottest_c": hottest_c if hottest_c is not None else scalars.get("temperature_max"),
             "spread_mv": None if spread_v is None else round(spread_v * 1000.0, 1),
             "alarms": [

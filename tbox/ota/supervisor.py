@@ -232,6 +232,7 @@ class Supervisor:
             "PYTHONPATH": str(tree),
             "PYTHONDONTWRITEBYTECODE": "1",
             "TBOX_SLOT": slot,
+            "TBOX_SLOTS": str(Path(self._slots.directory).resolve()),
             "TBOX_BOOT_NOTE": f"slot {other}: {self._rejected[other]}" if other in self._rejected else "",
             "NOTIFY_SOCKET": str(self._run / "notify"),
             "WATCHDOG_USEC": str(int(self._settings.watchdog_s * 1e6)),
