@@ -44,10 +44,10 @@ def pool(kind: str, number: int) -> CryptoSigner:
 class Repository:
     """Edit `root`, `timestamp`, `snapshot`, `targets` or `roles[name]`, then `publish` what changed."""
 
-    def __init__(self, now: datetime = START) -> None:
+    def __init__(self, now: datetime = START, *, first_key: int = 0) -> None:
         self.now = now
         self.expires = now + timedelta(days=30)
-        self._next_key = 0
+        self._next_key = first_key  # repositories that begin apart share no key
         self.with_hashes = False
         self.prefix_targets = True
         self.signers: dict[str, list[CryptoSigner]] = {role: [] for role in ROLES}

@@ -297,7 +297,7 @@ class TrustedSet:
         floors: Floors | None = None,
     ) -> None:
         self.floors = floors or Floors()
-        self.root: Loaded[Root] = _self_signed(root)
+        self.root, self._root_signers = _self_signed(root)
         self.roots: list[bytes] = [root]  # from the embedded one to the newest
         self.timestamp: Loaded[Timestamp] | None = None
         self.snapshot: Loaded[Snapshot] | None = None
@@ -320,7 +320,7 @@ class TrustedSet:
         if new.version != self.root.version + 1:
             raise MetadataError(f"version {new.version} follows {self.root.version}", where=_file(ROOT))
         authority_of(self.root.signed, ROOT).signers(new)
-        self.root = _self_signed(raw)
+        self.root, self._root_signers = _self_signed(raw)
         self.roots.append(raw)
         self.kept[ROOT] = raw
 
@@ -333,8 +333,8 @@ class TrustedSet:
             )
         if floor is not None and self.root.version == floor.version and self.root.sha256 != floor.sha256:
             raise MetadataError(f"version {self.root.version} was seen with other content", where=_file(ROOT))
-        signers = authority_of(self.root.signed, ROOT).signers(self.root)
-        self.floors = msgspec.structs.replace(self.floors, root=_floor_of(self.root, signers, {}))
+        reached = _floor_of(self.root, self._root_signers, {})
+        self.floors = msgspec.structs.replace(self.floors, root=reached)
         _check_expiry(self.root, now)
 
     def load_cached(self) -> None:
@@ -468,10 +468,10 @@ class TrustedSet:
         self.floors = msgspec.structs.replace(self.floors, roles=roles)
 
 
-def _self_signed(raw: bytes) -> Loaded[Root]:
+def _self_signed(raw: bytes) -> tuple[Loaded[Root], frozenset[str]]:
+    """Return a root that its own keys have signed, and who did."""
     root = parse(Root, ROOT, raw)
-    authority_of(root.signed, ROOT).signers(root)
-    return root
+    return root, authority_of(root.signed, ROOT).signers(root)
 
 
 def _floor_of(loaded: Loaded[Any], signers: frozenset[str], meta: dict[str, int]) -> Floor:

@@ -120,11 +120,7 @@ def offer(trusted: TrustedSet, now: datetime, hardware_id: str, admits: Admits) 
     in, the highest of all is returned, so that the device can say what it waits for.
     """
     chains = yield from _walk(trusted, now)
-    notices = [
-        notice_of(trusted.role(role).signed, role)
-        for role in (TARGETS, ROLLOUT_ROLE)
-        if (role,) == chains.get(role, ())[-1:]
-    ]
+    notices = yield from _notices(trusted, now)
     found: list[tuple[VerifiedTarget, tuple[str, ...]]] = []
     for path in _paths(trusted, chains):
         place = yield from find_target(trusted, path, now)
@@ -139,6 +135,16 @@ def offer(trusted: TrustedSet, now: datetime, hardware_id: str, admits: Admits) 
         return Offer(target=None, orders=orders)
     best, chain = max(admitted, key=lambda entry: (entry[0].security_counter, entry[0].name))
     return Offer(target=best, manifest=manifest_of(trusted, chain, best.name), orders=orders)
+
+
+def _notices(trusted: TrustedSet, now: datetime) -> Steps[list[Notice]]:
+    """Return what those say who may: "targets", and the role "rollout" if that itself delegates to it."""
+    targets = trusted.targets[ROOT, TARGETS].signed
+    notices = [notice_of(targets, TARGETS)]
+    if targets.delegations is not None and ROLLOUT_ROLE in (targets.delegations.roles or ()):
+        rollout = yield from load_role(trusted, ROLLOUT_ROLE, TARGETS, now)
+        notices.append(notice_of(rollout, ROLLOUT_ROLE))
+    return notices
 
 
 def _narrowed(release: VerifiedTarget, notices: list[Notice]) -> VerifiedTarget:
