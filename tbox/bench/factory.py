@@ -107,6 +107,7 @@ class Factory:
         signatures: int = THRESHOLD,
         delist: Sequence[str] = (),
         edition: str = "",
+        bases: int = publish.DELTA_BASES,
     ) -> VerifiedTarget:
         """Stage a release that may be downloaded at any hour, with so many signatures."""
         version = path.stem
@@ -119,7 +120,7 @@ class Factory:
             },
             VerifiedTarget,
         )  # fmt: skip
-        release, staged = self.publisher.add_release(path, draft, delist=delist)
+        release, staged = self.publisher.add_release(path, draft, bases=bases, delist=delist)
         self._sign(staged, "targets", signatures)
         return release
 

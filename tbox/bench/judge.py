@@ -220,3 +220,93 @@ def _spread(values: Sequence[float | None]) -> str:
     return (
         f"median {statistics.median(known):.2f} s, 95 % {high:.2f} s, most {known[-1]:.2f} s ({len(known)})"
     )
+
+
+# --- updates ---------------------------------------------------------------------------------------------
+
+CRASH_LOOP_S_MAX = 60.0  # from the first start of an image that crashes to the previous one running
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateEvidence:
+    """What the chapter of updates left behind. records: start records and those of kind ota, as they came.
+
+    delta_bytes: 0 when none could be made. explained: records of open ticks, lost with a crash and told of.
+    """
+
+    delta_bytes: int
+    image_bytes: int
+    records: list[dict[str, Any]]
+    received: int
+    unexplained: int
+    explained: int
+    exit_code: int | None
+
+
+def judge_updates(evidence: UpdateEvidence) -> list[Claim]:
+    """Return the proof of the updates, claim by claim."""
+    return [
+        _claim_delta(evidence),
+        _claim_trial(evidence),
+        _claim_rollback(evidence),
+        _claim_refusal(evidence, "update 4.0, signed by too few, refused", "signed by 2 of the 3"),
+        _claim_refusal(evidence, "update 1.0, offered again, refused", "a downgrade"),
+        Claim(
+            "records of all starts around the updates",
+            f"{evidence.received} received, {evidence.unexplained} missing, {evidence.explained} told as lost"
+            " by a crash",
+            evidence.received > 0 and evidence.unexplained == 0,
+        ),
+        Claim("the updated agent stopped in order", f"exit {evidence.exit_code}", evidence.exit_code == 0),
+    ]
+
+
+def _updates(evidence: UpdateEvidence, *events: str) -> list[dict[str, Any]]:
+    return [r for r in evidence.records if r["kind"] == "ota" and r["body"]["event"] in events]
+
+
+def _starts(evidence: UpdateEvidence, version: str) -> list[dict[str, Any]]:
+    return [r for r in evidence.records if r["kind"] == "event" and r["body"].get("version") == version]
+
+
+def _claim_delta(evidence: UpdateEvidence) -> Claim:
+    """The first download took the delta, if there was one, and what it brought."""
+    taken = [record["body"]["reason"] for record in _updates(evidence, "go")[:1]]
+    installed = bool(_updates(evidence, "installed"))
+    if not evidence.delta_bytes:
+        return Claim("update 2.0 came", "as a whole: bsdiff4 is not installed", installed)
+    said = f"{evidence.delta_bytes} bytes for an image of {evidence.image_bytes}"
+    return Claim("update 2.0 came as a delta", said, installed and taken[0].endswith(".bsdiff"))
+
+
+def _claim_trial(evidence: UpdateEvidence) -> Claim:
+    """It waited for the parked vehicle, switched after that, and passed as the version that ran."""
+    told = _updates(evidence, "held", "switch", "passed")
+    waits = [r for r in told if r["body"]["reason"] == "the vehicle is not parked"]
+    switches = [r for r in told if r["body"]["event"] == "switch"]
+    passed = [r for r in told if r["body"]["event"] == "passed"]
+    fine = bool(waits and switches and passed) and waits[0]["id"] < switches[0]["id"] < passed[0]["id"]
+    runs = passed[0]["body"]["running"]["version"] if passed else "nothing"
+    return Claim(
+        "it waited until parked, ran on trial, proved itself", f"{runs} is good", fine and runs == "2.0"
+    )
+
+
+def _claim_rollback(evidence: UpdateEvidence) -> Claim:
+    """The release that crashes was given up, and the one before ran again soon."""
+    starts, back = _starts(evidence, "3.0"), _updates(evidence, "rolled-back")
+    if not starts or not back:
+        return Claim("update 3.0 crashed and was rolled back", "it was not", False)
+    took_s = (back[0]["mono"] - starts[0]["mono"]) / NS_PER_S
+    runs = back[0]["body"]["running"]["version"]
+    return Claim(
+        "update 3.0 crashed and was rolled back",
+        f"{len(starts)} starts, {runs} again after {took_s:.1f} s",
+        runs == "2.0" and took_s <= CRASH_LOOP_S_MAX,
+    )
+
+
+def _claim_refusal(evidence: UpdateEvidence, text: str, why: str) -> Claim:
+    reasons = [record["body"]["reason"] for record in _updates(evidence, "refused")]
+    found = [reason for reason in reasons if why in reason]
+    return Claim(text, found[0] if found else "it was not", bool(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from tbox.bench.judge import holds, judge
+from tbox.bench.judge import holds, judge, judge_updates
 from tbox.bench.ride import SECONDS_DEFAULT, SECONDS_MIN, Ride
+from tbox.bench.update_ride import Chapter
 from tbox.bench.view import Panels, proof_table
 from tbox.errors import TboxError
 
@@ -35,14 +37,16 @@ def demo(seed: int, seconds: float, embedded_broker: bool, keep: Path | None) ->
     directory.mkdir(parents=True, exist_ok=True)
     console = Console()
     ride = Ride(directory.resolve(), DBC_DIRECTORY, seconds, seed, embedded_broker)
+    updates = Chapter(directory.resolve() / "updates", DBC_DIRECTORY, embedded_broker=embedded_broker)
     panels = Panels(seconds)
     told = 0
-    with Live(console=console, refresh_per_second=4, transient=True) as live:
+    with closing(updates), Live(console=console, refresh_per_second=4, transient=True) as live:
 
         def watch(
             elapsed_s: float, status: dict[str, Any], link_up: bool, story: list[tuple[float, str]]
         ) -> None:
             nonlocal told
+            story += [(elapsed_s, f"beside it, updates: {sentence}") for sentence in updates.news()]
             if console.is_terminal:
                 live.update(panels.render(elapsed_s, status, link_up, story))
             else:
@@ -51,7 +55,8 @@ def demo(seed: int, seconds: float, embedded_broker: bool, keep: Path | None) ->
             told = len(story)
 
         evidence = ride.run(watch)
-    claims = judge(evidence)
+        chapter = updates.finish()
+    claims = judge(evidence) + judge_updates(chapter)
     console.print(proof_table(claims))
     if not holds(claims):
         console.print(f"[bold red]The proof does not hold.[/] Everything is left in {directory}")
