@@ -1,0 +1,215 @@
+"""The publisher's commands as people type them: several signers, releases, rotation, rollout, audit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tbox.cli.ota import ota
+from tbox.durable import OsStorage
+from tbox.errors import Refused, TboxError
+from tbox.model import Now
+from tbox.ota import image as app_image
+from tbox.ota.audit import KEY_NAME, AuditLog, open_key
+
+ROLES = ("root", "targets")
+
+
+@dataclass
+class Publisher:
+    """Types `tbox ota` in a directory with keys and a repository."""
+
+    directory: Path
+
+    @property
+    def repository(self) -> str:
+        return str(self.directory / "repo")
+
+    def key(self, name: str, suffix: str = "pem") -> str:
+        return str(self.directory / "keys" / f"{name}.{suffix}")
+
+    def types(self, *words: str) -> str:
+        """Return what was printed. Raises what the command raises, which `tbox` prints as one line."""
+        done = CliRunner().invoke(ota, list(words), standalone_mode=False)
+        if done.exception is not None:
+            raise done.exception
+        return done.output
+
+    def signs(self, role: str, *names: str) -> str:
+        keys = [word for name in names for word in ("--key", self.key(name))]
+        return self.types("sign", f"{self.repository}/staged/{role}.json", *keys)
+
+    def goes_public(self) -> str:
+        return self.types("publish", self.repository, "--key", self.key("online"))
+
+    def stages(self, data: bytes, version: str, counter: int, *more: str) -> str:
+        path = self.directory / "image"
+        path.write_bytes(data)
+        return self.types(
+            "publish", self.repository, str(path), "--kind", "raw", "--name", "os", "--version", version,
+            "--counter", str(counter), "--hardware", "tbox-sim", *more,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def publisher(tmp_path: Path) -> Publisher:
+    made = Publisher(tmp_path)
+    names = [f"{role}-{n}" for role in ROLES for n in (1, 2, 3)]
+    made.types("keys", *names, "online", "--dir", str(tmp_path / "keys"))
+    adds = [word for name in names for word in (f"--{name[:-2]}", made.key(name, "pub"))]
+    made.types("rotate", made.repository, *adds, "--online", made.key("online", "pub"), "--threshold", "2")
+    for role in ROLES:
+        made.signs(role, f"{role}-1", f"{role}-3")
+    made.goes_public()
+    return made
+
+
+def test_two_people_sign_one_after_the_other_and_then_it_is_public(publisher: Publisher) -> None:
+    data = random.Random(1).randbytes(20_000)
+    said = publisher.stages(data, "1", 1, "--key", publisher.key("targets-1"))
+    assert "targets: 1 of the 2 keys of targets" in said
+    with pytest.raises(Refused, match="have the others sign it"):
+        publisher.goes_public()
+    assert "targets: 2 of the 2 keys" in publisher.signs("targets", "targets-2")
+    assert "published targets version 2" in publisher.goes_public()
+    said = publisher.stages(data + b"more", "2", 2)
+    assert f"bytes from {hashlib.sha256(data).hexdigest()[:12]}" in said
+
+
+def test_an_app_image_says_itself_what_it_is(publisher: Publisher, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "hello.py").write_text("def main(): ...\n")
+    header = app_image.ImageHeader(name="hello", version="3.1", entry="hello:main")
+    path = tmp_path / "app.img"
+    path.write_bytes(b"".join(app_image.build(tmp_path / "tree", header)))
+    said = publisher.types(
+        "publish", publisher.repository, str(path), "--counter", "1", "--hardware", "tbox-sim"
+    )
+    assert said.startswith("3.1: ")
+    staged = json.loads((Path(publisher.repository) / "staged" / "targets.json").read_bytes())
+    assert "hello/3.1.img.zst" in staged["signed"]["targets"]
+
+
+def test_a_key_is_revoked_by_id(publisher: Publisher) -> None:
+    gone = json.loads(Path(publisher.key("targets-1", "pub")).read_bytes())["keyid"]
+    said = publisher.types("rotate", publisher.repository, "--revoke", gone)
+    assert "root: 0 of the 2 keys of the root before" in said
+    publisher.signs("root", "root-1", "root-2")
+    with pytest.raises(Refused, match=r"targets\.json: signed by 1 of the 2"):
+        publisher.goes_public()
+    publisher.stages(b"image", "1", 1)
+    publisher.signs("targets", "targets-2", "targets-3")
+    assert "published root version 2" in publisher.goes_public()
+    with pytest.raises(Refused, match="2 keys cannot reach a threshold of 3"):
+        publisher.types("rotate", publisher.repository, "--threshold", "3")
+
+
+def reports(directory: Path, sha256: str, failed: int, of: int) -> str:
+    lines = []
+    for n in range(of):
+        said = [{"event": "switch", "target": {"sha256": sha256}}]
+        said.append(
+            {"event": "rolled-back"} if n < failed else {"event": "good", "running": {"sha256": sha256}}
+        )
+        lines += [{"vehicle": f"v{n}", "at_s": 10.0 + n, "body": body} for body in said]
+    path = directory / "reports.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_a_rollout_advances_halts_and_resumes(publisher: Publisher, tmp_path: Path) -> None:
+    data = b"image " * 1000
+    publisher.stages(data, "1", 1)
+    publisher.signs("targets", "targets-1", "targets-2")
+    publisher.goes_public()
+    sha256 = hashlib.sha256(data).hexdigest()
+    (tmp_path / "fast.toml").write_text("soak_s = 0\n")
+    words = ["rollout", publisher.repository, "--version", "1", "--settings", str(tmp_path / "fast.toml")]
+    words += ["--key", publisher.key("online"), "--reports"]
+    assert "advance: to 5 %" in publisher.types(*words, reports(tmp_path, sha256, 0, 100))
+    assert "published: 15 % of the fleet" in publisher.types(*words, reports(tmp_path, sha256, 1, 100))
+    halted = reports(tmp_path, sha256, 3, 100)
+    with pytest.raises(Refused, match="the rollout is halted"):
+        publisher.types(*words, halted)
+    assert b"3 of 100 vehicles gave it up within 15 min" in newest(publisher, "rollout")
+    with pytest.raises(Refused, match="the rollout is halted"):
+        publisher.types(*words, reports(tmp_path, sha256, 0, 100))
+    assert "advance: to 5 %" in publisher.types(*words, reports(tmp_path, sha256, 0, 100), "--resume")
+    assert b"leave_sha256" not in newest(publisher, "rollout")
+
+
+def newest(publisher: Publisher, role: str) -> bytes:
+    files = (Path(publisher.repository) / "metadata").glob(f"*.{role}.json")
+    return max(files, key=lambda path: int(path.name.split(".")[0])).read_bytes()
+
+
+def test_what_is_no_report_is_told_with_its_line(publisher: Publisher, tmp_path: Path) -> None:
+    publisher.stages(b"image", "1", 1)
+    (tmp_path / "bad.jsonl").write_text('{"vehicle": "v", "at_s": 1, "body": {}}\n{"vehicle": 1}\n')
+    words = ["--version", "1", "--reports", str(tmp_path / "bad.jsonl"), "--key", publisher.key("online")]
+    with pytest.raises(TboxError, match=r"bad\.jsonl:2: not a report"):
+        publisher.types("rollout", publisher.repository, *words)
+
+
+BAD_USE: dict[str, tuple[list[str], str]] = {
+    "nothing staged": (["publish", "{new}"], "no targets to publish"),
+    "no counter": (["publish", "{repo}", "{image}", "--kind", "raw"], "needs --counter, --hardware"),
+    "nothing changes": (["rotate", "{new}"], "nothing changes"),
+    "no such key": (["sign", "{repo}/metadata/1.root.json", "--key", "nowhere.pem"], "cannot be read"),
+    "a public key to sign": (
+        ["sign", "{repo}/metadata/1.root.json", "--key", "{public}"],
+        "not a private key",
+    ),
+    "not metadata": (["sign", "{image}", "--key", "{private}"], "not metadata"),
+    "no release": (
+        ["rollout", "{repo}", "--version", "9", "--reports", "{image}", "--key", "{private}"],
+        "no release 9 is listed",
+    ),
+    "no log": (["audit", "{new}"], "cannot be read|no log here"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_USE)
+def test_bad_use_is_told_in_one_line(publisher: Publisher, tmp_path: Path, case: str) -> None:
+    words, message = BAD_USE[case]
+    (tmp_path / "image").write_bytes(b"x")
+    places = {
+        "new": str(tmp_path / "new"),
+        "repo": publisher.repository,
+        "image": str(tmp_path / "image"),
+        "public": publisher.key("root-1", "pub"),
+        "private": publisher.key("online"),
+    }
+    with pytest.raises(Exception, match=message) as caught:
+        publisher.types(*(word.format(**places) for word in words))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_audit_log_is_verified_exported_and_told(tmp_path: Path) -> None:
+    log = tmp_path / "ota"
+    log.mkdir()
+    key = open_key(OsStorage(), str(log / KEY_NAME))
+    made = AuditLog(OsStorage(), str(log), key, Now(1), start=1)
+    made.append(Now(2), "offered", {"version": "2.0"}, rxswin="R155 7")
+    made.append(Now(3), "good", {})
+    person = Publisher(tmp_path)
+    exported = str(tmp_path / "log.jsonl")
+    assert "entries 1 to 2 hold" in person.types("audit", str(log), "--export", exported)
+    public = made.public_key()
+    said = person.types("audit", exported, "--public-key", public, "--json")
+    first: dict[str, Any] = json.loads(said.splitlines()[0])
+    assert (first["event"], first["rxswin"]) == ("offered", "R155 7")
+    text = Path(exported).read_text()
+    Path(exported).write_text(text.replace('"2.0"', '"9.0"'))
+    with pytest.raises(Refused, match="the log does not hold"):
+        person.types("audit", exported)
+    Path(exported).write_text(text.splitlines()[0] + "\n")
+    with pytest.raises(Refused, match="the log is empty"):
+        person.types("audit", exported)
