@@ -7,7 +7,7 @@ explicit BEGIN and COMMIT is used, so that a recording connection can stand in.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tbox.model import COUNTER_BITS
@@ -15,16 +15,24 @@ from tbox.spool import schema
 from tbox.spool.policy import LANES, Lane, StoredRow
 from tbox.spool.schema import Connection
 
-# Small pages waste least on records of a few kB: a row's tail packs, and a freed page costs little.
-# Measured with 4 KiB blocks counted, whole life, 26 KB a commit in records of 2.6 KB: 1 KiB pages 2.67,
-# 2 KiB 2.83, 4 KiB 3.62 flash bytes per payload byte.
-PAGE_BYTES = 1024
+# Whole life, 4 KiB blocks counted, 26 KB a commit in records of 2.6 KB: 2 KiB pages 2.58 flash bytes per
+# payload byte, 1 KiB 2.70; larger pages are rewritten more often while they fill.
+PAGE_BYTES = 2048
 # 4 MiB of log between checkpoints (1000 pages of SQLite's usual 4 KiB).
-WAL_CHECKPOINT_PAGES = 4000
+WAL_CHECKPOINT_PAGES = 2000
 # Above the cap: what one transaction may add before its own evictions, and the tables' inner pages.
 HARD_CAP_SPARE_BYTES = 4 * 1024 * 1024
 FILE_NAME = "spool.db"
 INSERT_ROWS = 50  # rows a statement; one statement per row costs twice the time
+DELETE_ROWS_READ = 4096  # rows whose sizes are held at once while a range is deleted
+
+# How SQLite lays a row on a leaf page (its file format, section 1.6): a payload above LOCAL_BYTES_MAX keeps
+# a part of at least LOCAL_BYTES_MIN on the leaf and leaves the rest to overflow pages.
+LEAF_BYTES = PAGE_BYTES - 8
+LOCAL_BYTES_MAX = PAGE_BYTES - 35
+LOCAL_BYTES_MIN = (PAGE_BYTES - 12) * 32 // 255 - 23
+ROW_BYTES = 14  # record header, kind, level and time
+CELL_BYTES = 10  # cell pointer, length and id
 
 Connect = Callable[..., Connection]
 
@@ -69,6 +77,25 @@ def _code(error: sqlite3.Error) -> int:
 
 def first_id(start: int) -> int:
     return start << COUNTER_BITS
+
+
+def leaves(rows: Iterable[tuple[int, int | None]]) -> Iterator[tuple[int, int]]:
+    """Cut rows (id, sealed bytes) in order of id into id ranges that fill about one leaf page each."""
+    first, last, room_bytes = 0, 0, 0
+    for one, sealed_bytes in rows:
+        payload_bytes = (sealed_bytes or 0) + ROW_BYTES
+        if payload_bytes > LOCAL_BYTES_MAX:
+            local_bytes = LOCAL_BYTES_MIN + (payload_bytes - LOCAL_BYTES_MIN) % (PAGE_BYTES - 4)
+            payload_bytes = local_bytes if local_bytes <= LOCAL_BYTES_MAX else LOCAL_BYTES_MIN
+        cell_bytes = payload_bytes + CELL_BYTES
+        if cell_bytes > room_bytes:
+            if last:
+                yield first, last
+            first, room_bytes = one, LEAF_BYTES
+        room_bytes -= cell_bytes
+        last = one
+    if last:
+        yield first, last
 
 
 def pragmas(quota_bytes: int) -> list[str]:
@@ -158,8 +185,28 @@ class Flash:
                     sql = f"UPDATE {lane.name} SET sealed = NULL, at = NULL WHERE id = ?"
                     self._db.execute(sql, (newest,))
                     self._tombstone[lane] = newest
-                sql = f"DELETE FROM {lane.name} WHERE id BETWEEN ? AND ?"
-                self._db.execute(sql, (first, min(last, newest - 1)))
+                self._delete_rows(lane, first, min(last, newest - 1))
+
+    def _delete_rows(self, lane: Lane, first: int, last: int) -> None:
+        """Remove ids a leaf page's worth at a time, each emptied before it is removed.
+
+        SQLite frees a page without writing it only if nothing on it was touched. Removing full rows one
+        after the other makes it spread what is left over the next pages again and again: every page is
+        written once more, only to be freed. Emptied rows leave room for a whole neighbour to move in, and
+        the neighbour's own page is then freed untouched.
+        """
+        sizes = (
+            f"SELECT id, length(sealed) FROM {lane.name} WHERE id BETWEEN ? AND ? ORDER BY id "
+            f"LIMIT {DELETE_ROWS_READ}"
+        )
+        empty = f"UPDATE {lane.name} SET sealed = NULL, at = NULL WHERE id BETWEEN ? AND ?"
+        remove = f"DELETE FROM {lane.name} WHERE id BETWEEN ? AND ?"
+        while rows := self._db.execute(sizes, (first, last)).fetchall():
+            for leaf in leaves(rows):
+                if leaf[0] < leaf[1]:
+                    self._db.execute(empty, leaf)
+                self._db.execute(remove, leaf)
+            first = rows[-1][0] + 1
 
     # --- rows -------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import pytest
 
 from tbox.ledger import Ledger
 from tbox.model import NS_PER_S, Draft, Level, Now, Record, TimeQuality
+from tbox.spool.flash import PAGE_BYTES
 from tbox.spool.store import Spool, SpoolLocked
 from tests.crash.filler import records_of_tick
 from tests.crash.recorder import Recorder
@@ -200,8 +201,8 @@ def test_a_damaged_page_costs_what_was_on_it_and_says_so(
     files, made = stopped
     rng = random.Random(seed)
     content = bytearray(files["spool.db"])
-    page = rng.randrange(1, len(content) // 1024)
-    content[page * 1024 : (page + 1) * 1024] = rng.randbytes(1024)
+    page = rng.randrange(1, len(content) // PAGE_BYTES)
+    content[page * PAGE_BYTES : (page + 1) * PAGE_BYTES] = rng.randbytes(PAGE_BYTES)
     _put({**files, "spool.db": bytes(content)}, tmp_path)
     got, drops, spool = _reopened(tmp_path)
     assert all(made[one] == record for one, record in got.items())

@@ -9,15 +9,20 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tbox.ledger import Ledger
 from tbox.model import NS_PER_S, Draft, Level, Now, Record
 from tbox.spool import schema
 from tbox.spool.ballast import Ballast
+from tbox.spool.flash import Flash, Row, leaves
 from tbox.spool.meter import WriteMeter
+from tbox.spool.policy import ROUTINE
 from tbox.spool.schema import SpoolSchemaError
 from tbox.spool.seal import SpoolKeyError
 from tbox.spool.store import Spool, SpoolError, highest_start_seen
+from tests.crash.recorder import Recorder
 from tests.crash.workload import Minter, settings
 
 
@@ -57,6 +62,36 @@ def test_what_was_acknowledged_within_the_tick_never_touches_flash(tmp_path: Pat
     assert (tmp_path / "spool.db-wal").read_bytes() == before
     assert rig.spool.depth == 0
     rig.close()
+
+
+@pytest.mark.parametrize("fills", [(200,), (100, 600), (2600,), (150, 300, 2600, 9000)])
+def test_taking_acknowledged_rows_off_flash_writes_hardly_a_page(
+    tmp_path: Path, fills: tuple[int, ...]
+) -> None:
+    recorder = Recorder(str(tmp_path))
+    flash = Flash(str(tmp_path / "spool.db"), recorder.connect, 1 << 24)
+    rng = random.Random(3)
+    sizes = [rng.randint(fills[0], fills[-1]) if len(fills) == 2 else rng.choice(fills) for _ in range(1500)]
+    flash.begin()
+    flash.insert(ROUTINE, [Row(one, 1, 1, 1, rng.randbytes(size)) for one, size in enumerate(sizes, 1)])
+    flash.commit()
+    recorder.ops.clear()
+    flash.begin()
+    flash.delete([(1, len(sizes))])
+    flash.commit()
+    written = sum(len(op.data) for op in recorder.ops if op.what == "write")
+    assert written < 0.15 * sum(sizes)
+    assert [row.id for row in flash.read(ROUTINE, 0, 10, 1 << 20)] == [len(sizes)]  # the newest, as a trace
+    flash.close()
+
+
+@given(st.sets(st.integers(1, 1 << 50), min_size=1), st.randoms(use_true_random=False))
+def test_leaf_ranges_cover_every_row_once_and_in_order(ids: set[int], rng: random.Random) -> None:
+    rows = [(one, rng.choice((None, 0, 16, 280, 2000, 2040, 70_000))) for one in sorted(ids)]
+    ranges = list(leaves(rows))
+    covered = [[one for one in sorted(ids) if first <= one <= last] for first, last in ranges]
+    assert [one for part in covered for one in part] == sorted(ids)
+    assert all((part[0], part[-1]) == ends for part, ends in zip(covered, ranges, strict=True))
 
 
 def test_nothing_of_a_payload_stands_on_flash_in_clear(tmp_path: Path) -> None:
