@@ -149,11 +149,14 @@ class Agent:
             for channel, bus in enumerate(config.bus)
         ]
         writers = [BusWriter(reader, bus.allow) for reader, bus in zip(readers, config.bus, strict=True)]
+        flow = Flow(decode, edge)
         self.pipeline = PipelineThread(
-            Flow(decode, edge), writers, self.runner.keep, self.clock.now, self.health.heart("pipeline")
+            flow, writers, self.runner.keep, self.clock.now, self.health.heart("pipeline")
         )
         self.buses = [
-            BusThread(reader, self.pipeline.inbox, self.health.heart(f"can-rx-{reader.channel}"))
+            BusThread(
+                reader, self.pipeline.inbox, flow.presses, self.health.heart(f"can-rx-{reader.channel}")
+            )
             for reader in readers
         ]
         self.uplink = MqttUplink(

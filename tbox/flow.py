@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 HANDOVER_BATCHES_MAX = 256  # a full hand-over leaves the frames in the kernel, which counts what it drops
 RX_WAIT_S = 0.1
+HOLD_S = 0.08  # with the reader's own 10 ms well below the 100 ms at which the edge wants its steps
+HOLD_FRAMES_MAX = 256  # about 1.5 ms of work, which a frame that presses would have to wait for
 RX_DRAIN_S = 1.0
 PIPELINE_WAKE_S = 0.1
 
@@ -86,18 +88,36 @@ class Flow:
         samples = self.decode.step(now, batch) if batch is not None else NO_SAMPLES
         return self.edge.step(now, samples, batch)
 
+    def presses(self, batch: FrameBatch) -> bool:
+        """Return whether frames must be worked at once, for the isolation request hangs on them.
+
+        Asked from the thread of a bus; nothing is changed by it.
+        """
+        return self.edge.isolating or self.decode.passes(batch, *self.edge.isolation_limits)
+
     def flush(self, now: Now) -> EdgeOutput:
         """Close what is open: windows, journeys, captures."""
         return self.edge.flush(now)
 
 
 class BusThread:
-    """Reads one bus into the pipeline's hand-over."""
+    """Reads one bus into the pipeline's hand-over.
 
-    def __init__(self, reader: BusReader, inbox: queue.Queue[FrameBatch | Ask[Any]], heart: Heart) -> None:
+    A step of the pipeline costs about the same for few frames as for some more, so frames wait for each other
+    up to HOLD_S or HOLD_FRAMES_MAX. presses: whether a batch may not wait. It goes by itself behind what was
+    held, for the edge looks closely at all that comes together with a value past a limit.
+    """
+
+    def __init__(
+        self, reader: BusReader, inbox: queue.Queue[FrameBatch | Ask[Any]],
+        presses: Callable[[FrameBatch], bool], heart: Heart,
+    ) -> None:  # fmt: skip
         self.reader = reader
         self._inbox = inbox
+        self._presses = presses
         self._heart = heart
+        self._held: list[FrameBatch] = []
+        self._due = Deadline(0)  # when what is held goes
         self._stopping = threading.Event()
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"can-rx-{reader.channel}", daemon=True)
@@ -119,15 +139,45 @@ class BusThread:
             drained = Deadline.after(time.monotonic_ns(), RX_DRAIN_S)
             while self._read(0.0) and not drained.passed(time.monotonic_ns()):
                 pass
+            self._hand_over()
         except BaseException as error:
             self.failure = error
             log.exception("bus_thread_died", bus=self.reader.name)
 
     def _read(self, wait_s: float) -> bool:
+        if self._held:
+            wait_s = min(wait_s, self._due.left_s(time.monotonic_ns()))
         batch = self.reader.recv_batch(wait_s)
         if batch is not None:
-            self._inbox.put(batch)
+            self._take(batch)
+        if self._due.passed(time.monotonic_ns()):
+            self._hand_over()
         return batch is not None
+
+    def _take(self, batch: FrameBatch) -> None:
+        presses = self._presses(batch)
+        if presses:
+            self._hand_over()
+        if not self._held:
+            self._due = Deadline.after(time.monotonic_ns(), HOLD_S)
+        self._held.append(batch)
+        if presses or sum(map(len, self._held)) >= HOLD_FRAMES_MAX:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            self._inbox.put(_joined(held))
+
+
+def _joined(batches: list[FrameBatch]) -> FrameBatch:
+    if len(batches) == 1:
+        return batches[0]
+    return FrameBatch(
+        batches[0].channel,
+        np.concatenate([batch.frames for batch in batches]),
+        np.concatenate([batch.t_ns for batch in batches]),
+    )
 
 
 class PipelineThread:

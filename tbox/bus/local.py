@@ -260,16 +260,25 @@ class LocalBus(can.BusABC):
     # --- receiving --------------------------------------------------------------------------------
 
     def recv_frames(
-        self, timeout_s: float | None
+        self, timeout_s: float | None, gather_s: float = 0.0
     ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64], npt.NDArray[np.bool_]] | None:
         """Return what the other members sent: frames (n,) FRAME_DTYPE, monotonic ns, whether it is our own.
 
-        Waits up to timeout_s for the first frame (None: for ever); None on time-out.
+        Waits up to timeout_s for the first frame (None: for ever), then gather_s for more: one wait and one
+        read, for on a busy bus waking up costs more than reading. None on time-out.
         """
         until_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
-            parts = [part for part in map(self._drain, self._events(left_s)) if part is not None]
+            peers = self._events(left_s)
+            if peers and gather_s > 0:
+                time.sleep(gather_s)
+                peers = self._events(0)
+            parts = [part for part in map(self._drain, peers) if part is not None]
+            if len(parts) == 1:  # in order already
+                records, mine = parts[0]
+                frames = np.ascontiguousarray(records["frame"])
+                return frames, records["t_ns"].copy(), np.full(len(records), mine)
             if parts:
                 records = np.concatenate([records for records, _ in parts])
                 own = np.repeat([mine for _, mine in parts], [len(records) for records, _ in parts])
@@ -308,8 +317,10 @@ class LocalBus(can.BusABC):
         self.dropped_in += max(0, last + 1 - peer.expected - len(records))
         peer.expected = last + 1
         sound = records["frame"]["len"] <= DATA_BYTES_MAX
-        self.malformed += len(records) - int(np.count_nonzero(sound))
-        return records[sound], peer.sock.fileno() == getattr(self, "_loopback", -1)
+        if not sound.all():
+            self.malformed += len(records) - int(np.count_nonzero(sound))
+            records = records[sound]
+        return records, peer.sock.fileno() == getattr(self, "_loopback", -1)
 
     def _recv_internal(self, timeout: float | None) -> tuple[can.Message | None, bool]:
         if not self._ready and (got := self.recv_frames(timeout)):

@@ -115,26 +115,17 @@ class PythonCanReader:
         self, bus: LocalBus, timeout_s: float
     ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
         """Do the same without a Python object a frame; the bus's stamps are monotonic already."""
-        parts = []
-        got = bus.recv_frames(timeout_s)
-        until_ns = self._mono_ns() + self._spec.gather_ms * NS_PER_MS
-        while got is not None:
-            parts.append(got)
-            left_s = (until_ns - self._mono_ns()) / NS_PER_S
-            if left_s <= 0 or sum(len(frames) for frames, _, _ in parts) >= BATCH_FRAMES_MAX:
-                break
-            self._closed.wait(left_s)  # one wait and one read, not one of each for every frame
-            got = bus.recv_frames(0)
+        got = bus.recv_frames(timeout_s, self._spec.gather_ms / 1000)
         counters = self._counters
         counters.kernel_dropped = self._before["dropped_in"] + bus.dropped_in
         malformed = self._before["malformed"] + bus.malformed
         counters.received += malformed - counters.malformed
         counters.malformed = malformed
-        if not parts:
+        if got is None:
             return frames_of([]), np.empty(0, np.int64)
-        frames = np.concatenate([frames for frames, _, _ in parts])
+        frames, t_ns, _ = got
         counters.received += len(frames)
-        return frames, np.concatenate([t_ns for _, t_ns, _ in parts])
+        return frames, t_ns
 
     def _monotonic(self, stamps_s: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
         """Turn a driver's Unix stamps into monotonic time; where they are no Unix time, it is now."""

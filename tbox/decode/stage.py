@@ -67,6 +67,19 @@ class DecodeStage:
         self._count(samples.validity)
         return samples
 
+    def passes(
+        self, batch: FrameBatch, upper: npt.NDArray[np.float64], lower: npt.NDArray[np.float64]
+    ) -> bool:
+        """Return whether a reading in the batch reaches a limit (by column); counts and keeps nothing.
+
+        Any thread may ask. What only cantools can decode counts as past a limit.
+        """
+        decoded = self._decoder.decode(batch.channel, batch.frames)
+        if decoded.fallback:
+            return True
+        column = self.table.column.take(decoded.row)
+        return self._judge.passes(decoded, upper.take(column), lower.take(column))
+
     def _count(self, validity: npt.NDArray[np.uint8]) -> None:
         self._samples.into += len(validity)
         if not validity.any():

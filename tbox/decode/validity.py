@@ -64,6 +64,18 @@ class Judge:
         self._cycles = _MuxCycles(table, catalog, settings) if settings.mux_cycle else None
         self._spikes = _Spikes(table, catalog, bindings) if settings.glitch else None
 
+    def passes(
+        self, decoded: Decoded, upper: npt.NDArray[np.float64], lower: npt.NDArray[np.float64]
+    ) -> bool:
+        """Return whether a reading reaches a limit (of each sample), by what the sample alone says.
+
+        Takes no state. SNA and what is out of range are no readings.
+        """
+        code = np.zeros(len(decoded.row), np.uint8)
+        value = self._codes.apply(decoded, code)
+        out = (value >= upper) | (value <= lower)
+        return bool(out.any()) and bool((out & (code == 0) & (self._limits.judge(decoded) == 0)).any())
+
     def judge(
         self, batch: FrameBatch, decoded: Decoded, column: npt.NDArray[np.int32]
     ) -> tuple[npt.NDArray[np.float64], Codes]:

@@ -107,6 +107,7 @@ class Engine:
         params = next((rule.params for rule in rules.rules if rule.watch == "thermal_runaway"), None)
         self._runaway = Runaway(params, self._cell_names, self._probe_names) if params else None
         self._upper, self._lower = self._outer_limits(rules.rules)
+        self.isolation_limits = self._outer_limits(rule for rule in rules.rules if rule.isolate)
 
     def _names_of(self, rule: Rule) -> list[str]:
         names = {"cell": self._cell_names, "probe": self._probe_names}.get(rule.item, [])
@@ -133,6 +134,11 @@ class Engine:
             for judge in self._all
             if not any(needs <= self._roles for needs in NEEDS.get(judge.rule.watch, ({judge.rule.watch},)))
         ]
+
+    @property
+    def isolating(self) -> bool:
+        """Whether a rule that may ask for isolation has an alarm, confirmed or not. Any thread may ask."""
+        return any(judge.busy for judge in self._all if judge.rule.isolate)
 
     # --- the step ------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from tbox.edge.estimators import Estimators, EstimatorSettings
 from tbox.edge.isolation import Demand, Isolation, IsolationSettings, NoWarning, WarningOutput
 from tbox.edge.journey import Journeys, JourneySettings
 from tbox.edge.mode import Context, ModeSettings, ModeTracker
-from tbox.edge.pack import PackSettings
+from tbox.edge.pack import Floats, PackSettings
 from tbox.edge.rules import RuleSet
 from tbox.edge.sampler import Sampler, SamplerSettings
 from tbox.edge.watches import LoadSettings
@@ -129,6 +129,16 @@ class EdgeStage:
         if show != self._warned:
             self._warned = show
             self._warning.show(*show)
+
+    @property
+    def isolation_limits(self) -> tuple[Floats, Floats]:
+        """For each column the upper and lower limit at which a rule may come to ask for isolation."""
+        return self._engine.isolation_limits
+
+    @property
+    def isolating(self) -> bool:
+        """Whether isolation is asked for, or may be soon, so that time is short. Any thread may ask."""
+        return self._engine.isolating or self._isolation.next_ns is not None
 
     @property
     def unwatched(self) -> list[str]:

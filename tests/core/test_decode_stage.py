@@ -232,3 +232,38 @@ def test_eight_thousand_signals_compile_and_decode() -> None:
     block = dbcs.frames_of(np.random.default_rng(1), dbcs.load(messages).definitions, 200, wild=False)
     samples = chain.stage.step(Now(0), FrameBatch(0, block, np.arange(200, dtype=np.int64)))
     assert len(samples) == 200 * 32
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 2_000), st.floats(0.0, 1.0))
+def test_the_look_ahead_misses_no_reading_past_a_limit_and_counts_nothing(at_ms: int, share: float) -> None:
+    database = load_database(OWN)
+    ahead = Chain(database)
+    batches = Simulator(1).frames_until(at_ms * NS_PER_MS)[-3:]
+    known = DecodeStage(database, RoleMap.load(), Ledger(), DecodeSettings(glitch=False))
+    for batch in batches:
+        before = ahead.ledger.snapshot()
+        samples = known.step(Now(0), batch)
+        good = samples.value[samples.validity == Validity.VALID]
+        limit = float(np.quantile(good, share)) if len(good) else 0.0
+        size = len(ahead.stage.catalog)
+        upper, lower = np.full(size, limit), np.full(size, -np.inf)
+        assert ahead.stage.passes(batch, upper, lower) >= bool((good >= limit).any())
+        assert not ahead.stage.passes(batch, np.full(size, np.inf), lower)
+        assert ahead.ledger.snapshot() == before
+
+
+def test_the_look_ahead_takes_no_sentinel_for_a_reading() -> None:
+    stage = Chain(load_database(OWN)).stage
+    message = next(d.message for d in load_database(OWN).definitions if d.message.name == "BMS_Cells_M0")
+    frame = np.zeros(1, FRAME_DTYPE)
+    frame[0] = (message.frame_id, 64, 0, (0, 0), np.full(64, 0xFF, np.uint8))
+    size = len(stage.catalog)
+    upper = np.array([5.0 if s.role == "cell_voltage" else np.inf for s in stage.catalog])
+    batch = FrameBatch(0, frame, np.zeros(1, np.int64))
+    assert not stage.passes(batch, upper, np.full(size, -np.inf))
+    assert stage.passes(
+        frames(0, 0, (message, {s.name: 4.0 for s in message.signals if "Volt" in s.name})),
+        np.where(np.isinf(upper), np.inf, 3.9),
+        np.full(size, -np.inf),
+    )
