@@ -142,6 +142,8 @@ def sign(staged: Path, keys: tuple[Path, ...]) -> None:
     """Add a signature to a STAGED file; the file may be carried from one person to the next."""
     from tbox.ota import publish
 
+    for line in publish.summary(staged):
+        click.echo(line)
     publish.sign(staged, _signers(keys))
     if staged.parent.name == "staged":
         _standing(_publisher(staged.parent.parent), staged.stem)

@@ -150,6 +150,25 @@ def sign(path: Path, signers: Iterable[CryptoSigner]) -> None:
     _write(path, staged.to_bytes())
 
 
+def summary(path: Path) -> list[str]:
+    """Return in words what a signature on this file would stand for. Raises TboxError."""
+    signed = _load(path).signed
+    said = [f"{signed.type} version {signed.version}, valid until {signed.expires:%Y-%m-%d}"]
+    if isinstance(signed, Root):
+        for role, entry in signed.roles.items():
+            said.append(f"  {role}: any {entry.threshold} of {', '.join(key[:12] for key in entry.keyids)}")
+    if isinstance(signed, Targets):
+        for file in signed.targets.values():
+            release = releases.release_of(file)
+            if release is not None:
+                emergency = ", a permitted downgrade" if release.emergency else ""
+                said.append(
+                    f"  {release.version} for {', '.join(release.hardware_ids)}: counter"
+                    f" {release.security_counter}, image {release.sha256[:12]}{emergency}"
+                )
+    return said
+
+
 def _write(path: Path, data: bytes) -> None:
     """Write a file so that its readers see the old one or the new one, and it survives a power cut."""
     fresh = path.with_name(path.name + ".new")

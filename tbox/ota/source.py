@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from tbox.clock import WALL_CEILING_NS, WALL_FLOOR_NS
 from tbox.durable import RangedStorage
 from tbox.errors import Refused
-from tbox.model import NS_PER_S, Now
+from tbox.model import Now
 from tbox.ota import releases
 from tbox.ota.device import Held
 from tbox.ota.fetch import Downloads, FetchError, FetchSettings, Http, Interrupted
 from tbox.ota.model import Delta, Full, Offer, VerifiedTarget
-from tbox.ota.trust import TrustClient, target_url_path
+from tbox.ota.trust import TrustClient, moment, target_url_path
 
 CACHE_DIRECTORY, FLOORS_DIRECTORY, DOWNLOAD_DIRECTORY = "metadata", "floors", "download"
 
@@ -38,16 +36,6 @@ class SourceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def targets(self) -> str:
         return (self.targets_url or f"{self.metadata_url.rstrip('/').rpartition('/')[0]}/targets").rstrip("/")
-
-
-def moment(now: Now) -> datetime:
-    """Return the wall clock's time. Raises Refused when it is not known: then no age can be judged."""
-    if now.wall_ns is None or not WALL_FLOOR_NS <= now.wall_ns < WALL_CEILING_NS:
-        raise Refused(
-            "the time is not known, so nobody can say whether the metadata has expired",
-            mend="it is tried again when GNSS or NTP has set the clock",
-        )
-    return datetime.fromtimestamp(now.wall_ns / NS_PER_S, UTC)
 
 
 class UpdateSource:
@@ -68,8 +56,11 @@ class UpdateSource:
         tls: ssl.SSLContext | None = None,
         http: Http | None = None,
     ) -> None:
-        for path in ("", CACHE_DIRECTORY, FLOORS_DIRECTORY, DOWNLOAD_DIRECTORY):
-            storage.mkdir(f"{directory}/{path}".rstrip("/"))
+        storage.mkdir(directory)
+        storage.fsync_dir(directory.rpartition("/")[0] or "/")
+        for path in (CACHE_DIRECTORY, FLOORS_DIRECTORY, DOWNLOAD_DIRECTORY):
+            storage.mkdir(f"{directory}/{path}")
+        storage.fsync_dir(directory)  # floors whose directory is lost would be no floors
         self._settings, self._hardware_id, self._admits = settings, hardware_id, admits
         self._http = http or Http(settings.fetch, tls=tls)
         self._client = TrustClient(

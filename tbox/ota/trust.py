@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,8 +18,10 @@ from urllib.parse import quote
 
 from tuf.api.metadata import TargetFile
 
+from tbox.clock import WALL_CEILING_NS, WALL_FLOOR_NS
 from tbox.durable import OsStorage, Storage
 from tbox.errors import Refused, TboxError
+from tbox.model import NS_PER_S, Now
 from tbox.ota import metadata, releases
 from tbox.ota.fetch import Http
 from tbox.ota.metadata import HASHES, Fetch, Found, Steps, TrustedSet, drive
@@ -28,6 +29,16 @@ from tbox.ota.model import VerifiedTarget
 from tbox.ota.truststore import TrustStore
 
 R = TypeVar("R")
+
+
+def moment(now: Now) -> datetime:
+    """Return the wall clock's time. Raises Refused when it is not known: then no age can be judged."""
+    if now.wall_ns is None or not WALL_FLOOR_NS <= now.wall_ns < WALL_CEILING_NS:
+        raise Refused(
+            "the time is not known, so nobody can say whether the metadata has expired",
+            mend="it is tried again when GNSS or NTP has set the clock",
+        )
+    return datetime.fromtimestamp(now.wall_ns / NS_PER_S, UTC)
 
 
 class TrustClient:
@@ -87,7 +98,7 @@ def verify_slot_manifest(manifest: bytes, root: bytes) -> VerifiedTarget:
 # --- the shell for a stock conformance suite -----------------------------------------------------------
 
 FIRST_ROOT = "first-root"
-CACHE_DIRECTORY, FLOORS_DIRECTORY, PARTIAL_DIRECTORY = "cache", "floors", "partial"
+CACHE_DIRECTORY, FLOORS_DIRECTORY = "cache", "floors"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,8 +131,9 @@ def _parser() -> argparse.ArgumentParser:
 def _init(options: argparse.Namespace) -> None:
     root = options.root.read_bytes()
     trusted = TrustedSet(root)
-    for name in (CACHE_DIRECTORY, FLOORS_DIRECTORY, PARTIAL_DIRECTORY):
+    for name in (CACHE_DIRECTORY, FLOORS_DIRECTORY):
         (options.metadata_dir / name).mkdir(parents=True, exist_ok=True)
+    OsStorage().fsync_dir(str(options.metadata_dir))
     (options.metadata_dir / FIRST_ROOT).write_bytes(root)
     if not (options.metadata_dir / "root.json").exists():
         _show(trusted, options.metadata_dir)
@@ -142,7 +154,13 @@ def _client(options: argparse.Namespace) -> TrustClient:
 
 
 def _now() -> datetime:
-    return datetime.fromtimestamp(time.time(), UTC)
+    return moment(Now(0, int(time.time() * NS_PER_S)))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_bytes(data)
+    fresh.replace(path)
 
 
 def _show(trusted: TrustedSet, directory: Path) -> None:
@@ -150,9 +168,7 @@ def _show(trusted: TrustedSet, directory: Path) -> None:
     for role, raw in trusted.kept.items():
         path = directory / f"{quote(role, safe='')}.json"
         if not path.exists() or path.read_bytes() != raw:
-            fresh = path.with_name(path.name + ".new")
-            fresh.write_bytes(raw)
-            fresh.replace(path)
+            _replace(path, raw)
 
 
 def _refresh(options: argparse.Namespace) -> None:
@@ -183,9 +199,7 @@ def _download(options: argparse.Namespace) -> None:
     data = Http().small(url, found.file.length)
     if data is None or not _is(found.file, data):
         raise Refused("what the server has is not the signed target", where=url)
-    fresh = options.metadata_dir / PARTIAL_DIRECTORY / "target"
-    fresh.write_bytes(data)
-    os.replace(fresh, path)  # noqa: PTH105 (the target directory may be of another file system's name)
+    _replace(path, data)
 
 
 def _is(file: TargetFile, data: bytes) -> bool:

@@ -77,7 +77,9 @@ def test_two_people_sign_one_after_the_other_and_then_it_is_public(publisher: Pu
     assert "targets: 1 of the 2 keys of targets" in said
     with pytest.raises(Refused, match="have the others sign it"):
         publisher.goes_public()
-    assert "targets: 2 of the 2 keys" in publisher.signs("targets", "targets-2")
+    said = publisher.signs("targets", "targets-2")
+    assert f"1 for tbox-sim: counter 1, image {hashlib.sha256(data).hexdigest()[:12]}" in said
+    assert "targets: 2 of the 2 keys" in said
     assert "published targets version 2" in publisher.goes_public()
     said = publisher.stages(data + b"more", "2", 2)
     assert f"bytes from {hashlib.sha256(data).hexdigest()[:12]}" in said

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from urllib.parse import quote
 
@@ -458,6 +458,16 @@ def test_a_delegated_role_that_expires_here_is_fetched_anew_or_not_used(client: 
     assert client.downloaded() == [b"first", b"second"]
 
 
+@pytest.mark.parametrize("year", [1970, 2000, 2100])
+def test_a_clock_that_cannot_be_right_judges_nothing(client: Client, year: int) -> None:
+    client.repository.root.expires = datetime(2150, 1, 1, tzinfo=UTC)
+    client.repository.publish("root")
+    client.init()
+    assert client.refresh(datetime(year, 1, 2, tzinfo=UTC)) == 1
+    assert client.repository.asked == []
+    assert client.refresh() == 0
+
+
 # --- keys ----------------------------------------------------------------------------------------------
 
 
@@ -816,3 +826,23 @@ def test_an_unusual_role_name_is_quoted_in_urls_and_file_names(client: Client, r
     assert client.download("nonexistent target") == 1
     assert (quote(role, safe=""), 1) in repository.asked
     assert len(client.trusted()) == 5
+
+
+# --- what python-tuf's client falls for: a power cut that empties files, then a replay ---------------------
+
+
+@pytest.mark.parametrize("emptied", ["*.json", "cache/*", "floors/*", "**/*"])
+def test_no_files_emptied_by_a_power_cut_let_a_replay_in(client: Client, emptied: str) -> None:
+    repository = client.repository
+    client.init()
+    repository.publish("targets", "snapshot", "timestamp")
+    assert client.refresh() == 0
+    for path in client.metadata.glob(emptied):
+        if path.is_file() and path.name != trust.FIRST_ROOT:
+            path.write_bytes(b"")
+    served = {role: list(versions) for role, versions in repository.served.items()}
+    for role in ("targets", "snapshot", "timestamp"):
+        repository.served[role].append(repository.served[role][0])
+    assert client.refresh() == 1
+    repository.served = served
+    assert client.refresh() == (1 if emptied == "**/*" else 0)  # with nothing left, it is provisioned anew
