@@ -348,14 +348,14 @@ class Updates:
 def open_updates(config: Config, around: Around) -> Updates | None:
     """Return the updates; None, told as an alarm, where they cannot be had: the vehicle drives on.
 
-    Raises TboxError, OSError for an image on trial, which has then failed.
+    Raises TboxError for an image on trial, which has then failed.
     """
     try:
         return Updates(config, around)
     except (TboxError, OSError) as error:
         log.error("updates_unavailable", why=str(error))
         if _runs_on_trial(os.environ):
-            raise
+            raise TboxError(f"on trial, and could not be updated any more: {error}") from None
         body = {"event": "broken", "state": "broken", "reason": str(error)}
         around.emit(Draft("ota", Level.ALARM, around.now().mono_ns, body))
         return None

@@ -190,3 +190,13 @@ def test_an_older_release_offered_again_is_refused(bench: Bench) -> None:
     assert bench.car.runs("2.0")
     bench.stop()
     assert bench.judge.result().ok
+
+
+def test_an_agent_that_no_boot_loader_started_says_so(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, 1)
+    try:
+        daemon.start()
+        done = tbox("ota", "status", "--socket", daemon.socket, check=False)
+    finally:
+        daemon.end()
+    assert done.returncode == 1 and "no updates here" in done.stderr and "tbox boot" in done.stderr
