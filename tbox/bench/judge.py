@@ -94,7 +94,7 @@ def _frames(evidence: Evidence, stop: dict[str, Any]) -> list[Claim]:
     unknown, malformed = dropped.get("unknown", 0), dropped.get("malformed", 0)
     accounted = decode["out"] + unknown + malformed
     written = evidence.frames_written
-    lost = sum(n for stage in stop.values() for n in stage["dropped"].values() if stage["unit"] == "frames")
+    lost = sum(stop.get("bus", {"dropped": {}})["dropped"].values())
     causes = Counter(
         {f"{name}: {cause}": n for name, stage in stop.items() for cause, n in stage["dropped"].items()}
     )
@@ -105,7 +105,7 @@ def _frames(evidence: Evidence, stop: dict[str, Any]) -> list[Claim]:
             f"{written} = {decode['out']} + {unknown} + {malformed}",
             written > 0 and written == accounted and evidence.frames_unwritten == 0,
         ),
-        Claim("frames dropped anywhere", str(lost), lost == 0),
+        Claim("frames lost before decoding", str(lost), lost == 0 and bool(stop)),
         Claim("the agent's ledger, by cause (samples refused, windows)", said, bool(stop)),
     ]
 
