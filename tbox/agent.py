@@ -44,6 +44,7 @@ from tbox.ledger import Ledger, StageTotals
 from tbox.model import NS_PER_S, Draft, Level, Now, Record
 from tbox.record.codec import Minter, decode_payload
 from tbox.record.privacy import PrivacyFilter, vehicle_id
+from tbox.spool import look
 from tbox.spool.runner import SpoolRunner
 from tbox.spool.store import PreviousStart, Spool, highest_start_seen
 from tbox.uplink.mqtt import MqttUplink
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from tbox.update import Updates
 
 log = structlog.get_logger()
+
+SPOOL_TAIL_MAX = 1000
 
 RESTART_DRAIN_S = 2.0  # a restart does not wait long for PUBACKs: the next start goes on where it stopped
 
@@ -347,9 +350,15 @@ class Agent:
                 raise Refused("no updates here", mend="start the agent by `tbox boot`, from a slot")
             return self.updates.handle(message)
 
+        def spool_tail(message: Message) -> Message:
+            lines = max(1, min(int(message.get("lines", 1)), SPOOL_TAIL_MAX))
+            return {"records": self.runner.call(lambda s: s.look(lambda f, k: look.tail(f, k, lines)))}
+
         return {
             "status": status,
             "tail": tail,
             "spool-stat": lambda _m: self.runner.call(Spool.stat),
+            "spool-tail": spool_tail,
+            "spool-verify": lambda _m: self.runner.call(lambda s: s.look(look.glance)),
             "ota": ota,
         }
