@@ -6,19 +6,23 @@ from pathlib import Path
 
 import pytest
 
+from tbox.agent import build_stages
 from tbox.config import BusConfig, Config, VehicleConfig
 from tbox.edge.isolation import IsolationSettings
 from tbox.edge.stage import EdgeSettings
-from tbox.model import NS_PER_S
+from tbox.flow import Flow
+from tbox.ledger import Ledger
+from tbox.model import NS_PER_S, Now
 from tbox.record.privacy import PrivacySettings
 from tbox.record.proof import Proof, ProofResult
 from tbox.sim.faults import make_fault
 from tbox.sim.layout import ISOLATION_REQUEST_ID
 from tbox.sim.network import Coverage
-from tbox.sim.simulator import SimSettings
+from tbox.sim.simulator import SimSettings, Simulator
 from tbox.sim.world import World
 from tbox.uplink.session import UplinkSettings
 
+DAY_STEP_S = 30
 DBC = Path(__file__).parents[2] / "dbc"
 
 
@@ -85,3 +89,20 @@ def test_two_runs_with_one_seed_give_identical_bytes_and_another_seed_does_not(
     again = Run(tmp_path / "again", seed=7, seconds=90)
     assert again.messages == ride.messages
     assert Run(tmp_path / "other", seed=8, seconds=90).messages != ride.messages
+
+
+@pytest.mark.slow
+def test_a_pack_that_only_rests_and_is_noisy_raises_no_alarm_in_a_day() -> None:
+    ledger = Ledger()
+    flow = Flow(*build_stages(make_config(), ledger))
+    simulator = Simulator(3, SimSettings.idle_day())
+    alarms, frames = [], 0
+    for t_s in range(DAY_STEP_S, 86_400 + 1, DAY_STEP_S):
+        now = Now(t_s * NS_PER_S)
+        for batch in simulator.frames_until(now.mono_ns):
+            frames += len(batch)
+            alarms += [draft.body for draft in flow.step(now, batch).drafts if draft.kind == "alarm"]
+    ledger.check()
+    assert frames > 86_400 * 10
+    assert ledger.snapshot()["decode"]["out"] == frames
+    assert alarms == []
