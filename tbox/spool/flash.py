@@ -15,11 +15,10 @@ from tbox.spool import schema
 from tbox.spool.policy import LANES, Lane, StoredRow
 from tbox.spool.schema import Connection
 
-# Whole life, 4 KiB blocks counted, 26 KB a commit in records of 2.6 KB: 2 KiB pages 2.58 flash bytes per
-# payload byte, 1 KiB 2.70; larger pages are rewritten more often while they fill.
-PAGE_BYTES = 2048
+# Small pages waste least beside what a commit writes anyway: the first page, an inner page, a half-full leaf.
+PAGE_BYTES = 1024
 # 4 MiB of log between checkpoints (1000 pages of SQLite's usual 4 KiB).
-WAL_CHECKPOINT_PAGES = 2000
+WAL_CHECKPOINT_PAGES = 4000
 # Above the cap: what one transaction may add before its own evictions, and the tables' inner pages.
 HARD_CAP_SPARE_BYTES = 4 * 1024 * 1024
 FILE_NAME = "spool.db"
