@@ -1,4 +1,4 @@
-"""A real car's recording through the shipped daemon to a real broker: all frames and records, no false alarm."""
+"""A real recording through the shipped daemon to a real broker: all frames and records, no false alarm."""
 
 from __future__ import annotations
 
