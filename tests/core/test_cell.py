@@ -35,6 +35,7 @@ def test_lfp_is_flat_where_nmc_slopes() -> None:
     assert np.ptp(ocv_v(LFP, middle)) < 0.06 < np.ptp(ocv_v(NMC, middle))
 
 
+@pytest.mark.slow
 @BOTH
 @settings(deadline=None)
 @given(amps=st.floats(-400, 400), seconds=st.integers(5, 60))

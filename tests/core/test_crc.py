@@ -54,6 +54,7 @@ def inputs(draw: st.DrawFn) -> CrcInput:
     return CrcInput(model, before, length, range(at, at + model.width // 8), after)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(messages=st.lists(inputs(), min_size=1, max_size=5), seed=st.integers(0, 2**32 - 1))
 def test_a_batch_of_any_messages_has_the_crcs_of_the_definition(messages: list[CrcInput], seed: int) -> None:

@@ -253,6 +253,7 @@ def most_explained(missing: list[int], drops: list[tuple[int, int, int]]) -> int
     return sum(seat(number, set()) for number in missing)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_the_verdict_is_that_of_a_brute_force_oracle(data: st.DataObject) -> None:

@@ -118,6 +118,7 @@ def test_a_generator_shared_by_two_faults_would_be_caught(monkeypatch: pytest.Mo
     assert digest(cut) != digest(run(stormy(7), 8))
 
 
+@pytest.mark.slow
 def test_long_runs_are_cut_into_chunks_without_a_seam() -> None:
     in_one = run(Simulator(1, PLAIN), 130)
     assert len(in_one) > 1
@@ -147,6 +148,7 @@ def test_every_message_keeps_its_cycle() -> None:
                 assert set(np.diff(due[msg.name]).tolist()) == {msg.cycle_ms * NS_PER_MS}, msg.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [10, 60, 153, 1000, 10_000])
 @pytest.mark.parametrize("frames", ["plain", "mux"])
 def test_a_rate_of_all_frames_together_is_kept(rate: float, frames: str) -> None:
@@ -414,6 +416,7 @@ def test_a_pack_that_charges_stops_at_its_limit() -> None:
     assert truth.pack_current_a < 30
 
 
+@pytest.mark.slow
 def test_the_bms_counts_charge_with_the_gain_error_it_has() -> None:
     plan = SimSettings(cycle="highway", current_gain=1.1, soc_error_percent=5, key_on_sentinels_ms=0)
     simulator = Simulator(1, plan)

@@ -248,6 +248,7 @@ def backlog_erased_at_boot() -> Any:
 BOOTING: list[Callable[[], Any]] = [log_deleted_at_open, damaged_start_copy_believed, backlog_erased_at_boot]
 
 
+@pytest.mark.slow
 def test_without_a_bug_the_same_states_are_green() -> None:
     assert explore(600, SEED).states >= 600
 

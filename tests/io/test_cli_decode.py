@@ -150,6 +150,7 @@ def test_every_bus_decodes_as_in_cantools_from_every_format(tmp_path: Path, bus:
         assert counts["frames"] == counts["decoded"] + counts["unknown"] + counts["malformed"]
 
 
+@pytest.mark.slow
 def test_choices_are_given_by_name_where_the_dbc_names_them(tmp_path: Path) -> None:
     dbc = data_file("dbc", "model3.dbc")
     definitions = load_database([DbcFile(str(dbc))]).definitions

@@ -176,6 +176,7 @@ def test_a_member_that_stops_reading_costs_one_wait_and_the_rest_is_counted_on_b
     assert slow.dropped_in == sender.dropped_out
 
 
+@pytest.mark.slow
 def test_a_slow_reader_makes_the_sender_wait_and_loses_nothing(
     join: Callable[..., LocalBus], tmp_path: Path
 ) -> None:

@@ -150,6 +150,7 @@ def test_a_wrong_password_stops_the_attempts_and_the_right_one_works(tmp_path: P
         right.stop(2.0)
 
 
+@pytest.mark.slow
 def test_a_message_the_broker_refuses_is_not_taken_for_acknowledged(tmp_path: Path) -> None:
     """MQTT 5 says so in the PUBACK; in 3.1.1 the broker can only lie (PITFALLS: PUBACKed, then dropped)."""
     acl = "topic readwrite tbox/1/vehicle/state\n"

@@ -162,6 +162,7 @@ def until(fact: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_the_thread_takes_an_update_to_the_restart_and_the_new_image_to_its_verdict(real: Real) -> None:
     ports = Ports(real)
     thread = started(real, ports)

@@ -459,6 +459,7 @@ def test_batches_hold_the_kernels_layout_and_times_that_never_run_backwards() ->
     assert batch.t_ns.tolist() == [0, 100 * NS_PER_MS, 100 * NS_PER_MS, 100 * NS_PER_MS]
 
 
+@pytest.mark.slow
 def test_the_kona_recording_is_read_whole() -> None:
     recording = Recording(data_file(*KONA))
     frames = list(recording)

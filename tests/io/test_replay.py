@@ -51,6 +51,7 @@ def received(bus: LocalBus) -> list[can.Message]:
     return list(iter(lambda: bus.recv(0), None))
 
 
+@pytest.mark.slow
 def test_every_data_frame_is_written_and_counted_in_one_line(log: str, bus: LocalBus) -> None:
     done = tbox(log, "--bus", bus.channel_info, "--speed", "max")
     assert done.returncode == 0
@@ -68,6 +69,7 @@ def test_one_channel_may_be_played_several_times(log: str, bus: LocalBus) -> Non
     assert [m.arbitration_id for m in received(bus)] == [0x201] * 3
 
 
+@pytest.mark.slow
 def test_the_recorded_pace_is_kept_or_scaled(log: str, bus: LocalBus) -> None:
     times: list[float] = []
 

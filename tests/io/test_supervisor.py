@@ -295,6 +295,7 @@ def _alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_the_real_agent_boots_as_an_app_image(bench: Bench) -> None:
     """The whole `tbox` package runs out of the slot, not out of what is installed beside it."""
     tree = bench.directory.parent / "package"
