@@ -16,6 +16,7 @@ OTHERS_TOLD_MAX = 5
 # role -> what its signal's name holds, and must not hold (regular expressions, any case).
 _NO_VALUE = r"num|id|index|lim"
 _NOT_PACK = r"cell|brick|min|max|lim|12v|lv|target|request|req|set|desired|dcdc|charger|ac_"
+_NOT_LOW_VOLTAGE = _NO_VALUE + r"|cell|brick|target|curr|_i|amp|temp|state"
 _HINTS: tuple[tuple[str, str, str], ...] = (
     ("cell_voltage_min", r"min.*(cell|brick).*v|(cell|brick).*v.*min", _NO_VALUE + "|temp"),
     ("cell_voltage_max", r"max.*(cell|brick).*v|(cell|brick).*v.*max", _NO_VALUE + "|temp"),
@@ -32,7 +33,7 @@ _HINTS: tuple[tuple[str, str, str], ...] = (
     ("motor_temperature", r"(motor|stator|rotor).*temp", r"lim|cool"),
     ("odometer", r"odo", r"trip"),
     ("ambient_temperature", r"(ambient|outside|exterior).*temp|temp.*(ambient|outside)", ""),
-    ("low_voltage", r"(12v|lv|low_?volt).*(volt|_v|u)|voltage_?12v|v_?bat", r"curr|_i|amp|temp|state"),
+    ("low_voltage", r"(12v|\blv|_lv|low_?volt).*(volt|_v|u)|voltage_?12v|v_?bat", _NOT_LOW_VOLTAGE),
     ("charging_power", r"charg.*power", r"lim|max|avail|budget"),
     ("range", r"range", r"lim|gear|prnd"),
     ("latitude", r"latitude|gps_?lat", ""),

@@ -11,6 +11,7 @@ from tbox.model import Level
 from tests.core.edge_fixture import (
     CELLS,
     COLUMN_OF,
+    RULES,
     Bench,
     Floats,
     NoisyPack,
@@ -82,6 +83,16 @@ def ramp_cell(index: int, volts_per_s: float) -> Change:
     return change
 
 
+def at_rest(t_s: float, row: Floats) -> None:
+    row[COLUMN_OF["pack_current"]] = 0.0
+
+
+def coarse_and_stuck(t_s: float, row: Floats) -> None:
+    """Probes in steps of 0.5 degC without noise enough to see them move; probe 8 stands while all warm."""
+    row[CELLS : CELLS + 48] = np.round(2.0 * (22.0 + 0.05 * t_s)) / 2.0
+    row[CELLS + 8] = 22.0
+
+
 def runaway(t_s: float, row: Floats) -> None:
     row[80] *= np.exp(-t_s / 4.0)
     row[CELLS + 20] += 2.0 * t_s
@@ -128,6 +139,17 @@ FAULTS: dict[str, tuple[Change, str, str, Level, float]] = {
     "cell drifts": (ramp_cell(9, -0.001), "cell-drift", "cell 9", Level.WARNING, 90.0),
     "cell stuck": (cell(100, 3.9), "cell-stuck", "cell 100", Level.WARNING, 21.0),
     "probe stuck": (probe(8, lambda _: 22.3), "probe-stuck", "probe 8", Level.WARNING, 21.0),
+    "coarse probe stuck": (coarse_and_stuck, "probe-not-following", "probe 8", Level.WARNING, 92.0),
+    "cell unreadable": (cell(9, np.nan), "cell-lost", "cell 9", Level.WARNING, 11.3),
+    "probe unreadable": (probe(8, lambda _: np.nan), "probe-lost", "probe 8", Level.WARNING, 11.3),
+    "cell low at rest": (
+        both(at_rest, lambda _, row: row.__setitem__(9, row[9] - 0.14)),
+        "imbalance-rest", "pack", Level.WARNING, 121.0,
+    ),
+    "cell apart from sigma": (
+        both(at_rest, lambda _, row: row.__setitem__(9, row[9] + 0.07)),
+        "imbalance-sigma", "cell 9", Level.WARNING, 122.0,
+    ),
     "probe open": (probe(8, lambda _: -40.0), "probe-open", "probe 8", Level.WARNING, 3.4),
     "SOC low": (single("soc", 9.0), "soc-low", "pack", Level.INFO, 10.3),
     "SOC too high": (single("soc", 102.0), "soc-high", "pack", Level.WARNING, 10.3),
@@ -143,6 +165,15 @@ FAULTS: dict[str, tuple[Change, str, str, Level, float]] = {
     "12 V lost": (single("low_voltage", 8.0), "low-voltage-lost", "pack", Level.ALARM, 2.3),
     "motor hot": (single("motor_temperature", 160.0), "motor-over-temperature", "pack", Level.WARNING, 5.3),
 }  # fmt: skip
+
+
+TOLD_ELSEWHERE = {"bms-silent"}  # test_stage: a row cannot say nothing
+
+
+@pytest.mark.parametrize("chemistry", RULES)
+def test_every_shipped_rule_has_its_fault(chemistry: str) -> None:
+    shipped = {rule.name for rule in RULES[chemistry].rules}
+    assert shipped == {rule for _, rule, _, _, _ in FAULTS.values()} | TOLD_ELSEWHERE
 
 
 @pytest.mark.parametrize("fault", FAULTS)

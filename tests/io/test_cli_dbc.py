@@ -69,6 +69,15 @@ def test_a_proposed_mapping_loads_and_binds(tmp_path: Path) -> None:
     assert {role for role, _ in bound} == {"cell_voltage", "pack_voltage", "pack_current", "soc", "speed"}
 
 
+def test_the_letters_lv_within_a_word_propose_no_low_voltage(tmp_path: Path) -> None:
+    path = tmp_path / "x.dbc"
+    signals = ("MinimumCellVoltageModuleIndex", "HV_12vVoltageTarget", "LV_BusVoltage")
+    rows = "".join(f' SG_ {name} : {8 * n}|8@1+ (1,0) [0|0] "" E\n' for n, name in enumerate(signals))
+    path.write_text('VERSION ""\nBS_:\nBU_: E\nBO_ 1 Pack: 8 E\n' + rows)
+    proposal = run("map", str(path)).output
+    assert 'signal = "LV_BusVoltage"' in proposal and "# or:" not in proposal
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["kona-pcan.dbc", "foxbms.dbc", "model3.dbc", "gm-hv-cells.dbc"])
 def test_a_proposal_for_any_public_dbc_loads(tmp_path: Path, name: str) -> None:

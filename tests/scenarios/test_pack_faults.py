@@ -1,0 +1,131 @@
+"""The simulated pack as bytes on a bus, through decode and edge: silent while healthy, faults told in time.
+
+Both layouts are driven: single frames (0.1 degC a probe) and one multiplexed frame (0.5 degC a probe).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from tbox.agent import build_stages
+from tbox.config import BusConfig, Config, RulesConfig, VehicleConfig
+from tbox.flow import Flow
+from tbox.ledger import Ledger
+from tbox.model import NS_PER_MS, NS_PER_S, Now
+from tbox.sim.faults import Fault, parse_fault
+from tbox.sim.simulator import SimSettings, Simulator
+from tbox.uplink.session import UplinkSettings
+
+pytestmark = pytest.mark.slow
+
+DBC = Path(__file__).parents[2] / "dbc"
+BMS = {"plain": "tbox_bms.dbc", "mux": "tbox_bms_mux.dbc"}
+STEP_MS = 100
+
+
+def alarms(
+    seconds: float, settings: SimSettings, faults: Sequence[Fault] = (), *, seed: int = 5
+) -> list[dict[str, Any]]:
+    """Drive for some seconds; return the bodies of all alarm records, each with its time `t_s`."""
+    ledger = Ledger()
+    files = [str(DBC / name) for name in (BMS[settings.frames], "tbox_vehicle.dbc")]
+    chemistry = "lfp" if settings.chemistry == "LFP" else "nmc"
+    config = Config(
+        vehicle=VehicleConfig(id="v"),
+        bus=[BusConfig(interface="virtual", channel="v", dbc=files)],
+        rules=RulesConfig(chemistry=chemistry),
+        uplink=UplinkSettings(),
+    )
+    flow = Flow(*build_stages(config, ledger))
+    simulator = Simulator(seed, settings, faults)
+    told: list[dict[str, Any]] = []
+    for t_ms in range(STEP_MS, round(seconds * 1000) + 1, STEP_MS):
+        now = Now(t_ms * NS_PER_MS)
+        steps = [None, *simulator.frames_until(now.mono_ns)]  # time passes on a silent bus too
+        drafts = [draft for batch in steps for draft in flow.step(now, batch).drafts]
+        told += [d.body | {"t_s": d.mono_ns / NS_PER_S} for d in drafts if d.kind == "alarm"]
+    ledger.check()
+    return told
+
+
+class Expected(NamedTuple):
+    """fault: as a user writes it, from AT_S on. rule: who must tell of it, within so many seconds."""
+
+    fault: str
+    rule: str
+    within_s: float
+    cycle: str = "mixed"
+
+
+AT_S = 60
+BOTH = {
+    "a module overheats": Expected("module-overheat", "over-temperature-discharge", 20),
+    "a cell runs away": Expected("cell-runaway", "thermal-runaway", 15),
+    "a cell leaks": Expected("cell-drift", "cell-voltage-drop", 20),
+    "a cell leaks slowly": Expected("cell-drift:leak=20,ramp=60", "cell-drift", 240),
+    "a cell tap is stuck": Expected("sensor-stuck:cell=40", "cell-stuck", 25),
+    "a cell's wire breaks": Expected("sensor-open:cell=40", "cell-lost", 15),
+    "isolation is lost": Expected("isolation-loss", "isolation-low", 10),
+    "isolation is dangerous": Expected("isolation-loss:kohm=20", "isolation-lost", 12),
+    "the interlock opens": Expected("hvil-open", "hvil-open", 1),
+    "12 V is lost": Expected("low-voltage-lost", "low-voltage-lost", 65),
+    "the BMS falls silent": Expected("bus-silent", "bms-silent", 6),
+    "every counter sticks": Expected("counter-stuck", "bms-silent", 7),
+    "every CRC is wrong": Expected("crc-errors:rate=1", "bms-silent", 6),
+}
+# An open probe reads -40 degC: below what tbox_bms.dbc declares, so refused, and at the edge of the other's
+# range. A stuck probe of 0.5 degC shows only once the others have moved away; here a fast charge warms them.
+OF_PLAIN = {
+    "a probe is stuck": Expected("sensor-stuck:probe=11", "probe-stuck", 25),
+    "a probe's wire breaks": Expected("sensor-open:probe=11", "probe-lost", 12),
+}
+OF_MUX = {
+    "a probe is stuck": Expected("sensor-stuck:probe=11", "probe-not-following", 330, "charge-dc"),
+    "a probe's wire breaks": Expected("sensor-open:probe=11", "probe-open", 5),
+}
+FAULTS = {"plain": BOTH | OF_PLAIN, "mux": BOTH | OF_MUX}
+
+
+def at_s(fault: str) -> Fault:
+    name, colon, keys = fault.partition(":")
+    return parse_fault(f"{name}@{AT_S}s{colon}{keys}")
+
+
+@pytest.mark.parametrize(("frames", "name"), [(frames, name) for frames in FAULTS for name in FAULTS[frames]])
+def test_each_fault_of_the_vehicle_is_told_within_its_rules_time(frames: str, name: str) -> None:
+    expected = FAULTS[frames][name]
+    settings = msgspec.convert({"frames": frames, "cycle": expected.cycle, "soc_percent": 50.0}, SimSettings)
+    told = alarms(AT_S + 2 + expected.within_s, settings, [at_s(expected.fault)])
+    assert [body["text"] for body in told if body["t_s"] < AT_S] == []
+    raised = [body["t_s"] - AT_S for body in told if body["alarm"] == expected.rule]
+    assert raised and raised[0] <= expected.within_s, sorted({(b["alarm"], b["t_s"]) for b in told})[:8]
+
+
+@pytest.mark.parametrize("frames", ["plain", "mux"])
+@pytest.mark.parametrize(
+    "fault",
+    ["sentinels:duration=20s", "frame-loss:rate=0.2", "crc-errors:rate=0.2", "bus-silent:duration=2s"],
+)
+def test_trouble_on_the_wire_is_no_trouble_of_the_pack(fault: str, frames: str) -> None:
+    told = alarms(AT_S + 60, msgspec.convert({"frames": frames}, SimSettings), [at_s(fault)])
+    assert [body["text"] for body in told if body["alarm"] != "bms-silent"] == []
+    assert bool(told) == fault.startswith("sentinels"), "twenty seconds of nothing valid is silence"
+
+
+@pytest.mark.parametrize("frames", ["plain", "mux"])
+@pytest.mark.parametrize("chemistry", ["NMC", "LFP"])
+@pytest.mark.parametrize(
+    ("cycle", "pack_c", "seed"),
+    [("mixed", 27.0, 1), ("city", 8.0, 2), ("charge-dc", 30.0, 3), ("charge-ac", 15.0, 4)],
+)
+def test_a_healthy_noisy_pack_is_left_in_peace(
+    cycle: str, pack_c: float, seed: int, chemistry: str, frames: str
+) -> None:
+    wanted = {"frames": frames, "chemistry": chemistry, "cycle": cycle, "pack_c": pack_c}
+    settings = msgspec.convert(wanted | {"ambient_c": pack_c, "soc_percent": 60.0}, SimSettings)
+    assert [body["text"] for body in alarms(600, settings, seed=seed)] == []
