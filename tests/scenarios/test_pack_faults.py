@@ -34,11 +34,10 @@ def alarms(
     """Drive for some seconds; return the bodies of all alarm records, each with its time `t_s`."""
     ledger = Ledger()
     files = [str(DBC / name) for name in (BMS[settings.frames], "tbox_vehicle.dbc")]
-    chemistry = "lfp" if settings.chemistry == "LFP" else "nmc"
     config = Config(
         vehicle=VehicleConfig(id="v"),
         bus=[BusConfig(interface="virtual", channel="v", dbc=files)],
-        rules=RulesConfig(chemistry=chemistry),
+        rules=RulesConfig(chemistry="lfp" if settings.chemistry == "LFP" else "nmc"),
         uplink=UplinkSettings(),
     )
     flow = Flow(*build_stages(config, ledger))
