@@ -158,7 +158,11 @@ class Agent:
         )
         self.buses = [
             BusThread(
-                reader, self.pipeline.inbox, flow.presses, self.health.heart(f"can-rx-{reader.channel}")
+                reader,
+                self.pipeline.inbox,
+                flow.presses,
+                lambda: flow.hurried,
+                self.health.heart(f"can-rx-{reader.channel}"),
             )
             for reader in readers
         ]

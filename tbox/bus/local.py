@@ -43,10 +43,9 @@ LOCK_NAME = "join.lock"
 # What travels: the frame's number on this pair, the monotonic time of sending (one clock for all processes of
 # a machine), the frame. Linux writes that much to a Unix stream whole or not at all.
 HEAD = struct.Struct("<Qq")
-RECORD_DTYPE = np.dtype([("n", "<u8"), ("t_ns", "<i8"), ("frame", FRAME_DTYPE)])
-RECORD_BYTES = RECORD_DTYPE.itemsize
-READ_BYTES_MAX = 2048 * RECORD_BYTES
-assert HEAD.size + FRAME_BYTES == RECORD_BYTES
+RECORD_BYTES = HEAD.size + FRAME_BYTES
+LEN_AT = HEAD.size + 4  # of the frame's length byte in a record
+READ_RECORDS_MAX = 2048
 
 
 class _Peer:
@@ -95,6 +94,8 @@ class LocalBus(can.BusABC):
         self._membership = threading.RLock()
         self._sending = threading.Lock()
         self._ready: deque[can.Message] = deque()
+        self._buffer = bytearray(READ_RECORDS_MAX * RECORD_BYTES)
+        self._records = np.frombuffer(self._buffer, np.uint8).reshape(-1, RECORD_BYTES)
         self._epoll = select.epoll()
         self._directory = Path(str(channel))
         self._own: Path | None = None
@@ -276,14 +277,13 @@ class LocalBus(can.BusABC):
                 peers = self._events(0)
             parts = [part for part in map(self._drain, peers) if part is not None]
             if len(parts) == 1:  # in order already
-                records, mine = parts[0]
-                frames = np.ascontiguousarray(records["frame"])
-                return frames, records["t_ns"].copy(), np.full(len(records), mine)
+                frames, t_ns, mine = parts[0]
+                return frames, t_ns, np.full(len(t_ns), mine)
             if parts:
-                records = np.concatenate([records for records, _ in parts])
-                own = np.repeat([mine for _, mine in parts], [len(records) for records, _ in parts])
-                order = np.argsort(records["t_ns"], kind="stable")
-                return records["frame"][order], records["t_ns"][order], own[order]
+                frames, t_ns = (np.concatenate(of) for of in list(zip(*parts, strict=True))[:2])
+                own = np.repeat([mine for *_, mine in parts], [len(part[1]) for part in parts])
+                order = np.argsort(t_ns, kind="stable")
+                return frames[order], t_ns[order], own[order]
             if left_s is not None and left_s <= 0:
                 return None
 
@@ -297,30 +297,36 @@ class LocalBus(can.BusABC):
             events = self._epoll.poll(0)  # what new members have sent already is there to be read
         return [self._readers[number] for number, _ in events if number in self._readers]
 
-    def _drain(self, peer: _Peer) -> tuple[npt.NDArray[np.void], bool] | None:
-        """Read what one pair holds and count what is missing in it; None when it holds no frame."""
+    def _drain(self, peer: _Peer) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64], bool] | None:
+        """Read what one pair holds and count what is missing in it; None when it holds no frame.
+
+        The buffer is kept and worked as bytes: a fresh one would be mapped and unmapped by every read, and
+        numpy copies structs field by field.
+        """
         try:
-            data = peer.sock.recv(READ_BYTES_MAX)
+            count, rest = divmod(peer.sock.recv_into(self._buffer), RECORD_BYTES)
         except BlockingIOError:
             return None
         except OSError:
-            data = b""
-        if not data or len(data) % RECORD_BYTES:
-            self.malformed += bool(data)
+            count, rest = 0, 0
+        if not count or rest:
+            self.malformed += bool(count or rest)
             self._part(peer)
             if self._sending.acquire(blocking=False):
                 self._bury()
                 self._sending.release()
             return None
-        records = np.frombuffer(data, dtype=RECORD_DTYPE)
-        last = int(records["n"][-1])
-        self.dropped_in += max(0, last + 1 - peer.expected - len(records))
+        records = self._records[:count]
+        last = int.from_bytes(records[-1, :8], "little")
+        self.dropped_in += max(0, last + 1 - peer.expected - count)
         peer.expected = last + 1
-        sound = records["frame"]["len"] <= DATA_BYTES_MAX
+        sound = records[:, LEN_AT] <= DATA_BYTES_MAX
         if not sound.all():
-            self.malformed += len(records) - int(np.count_nonzero(sound))
+            self.malformed += count - int(np.count_nonzero(sound))
             records = records[sound]
-        return records, peer.sock.fileno() == getattr(self, "_loopback", -1)
+        frames = records[:, HEAD.size :].copy().view(FRAME_DTYPE).reshape(-1)
+        t_ns = records[:, 8 : HEAD.size].copy().view(np.int64).reshape(-1)
+        return frames, t_ns, peer.sock.fileno() == getattr(self, "_loopback", -1)
 
     def _recv_internal(self, timeout: float | None) -> tuple[can.Message | None, bool]:
         if not self._ready and (got := self.recv_frames(timeout)):

@@ -27,6 +27,7 @@ class RecordingReader:
             )
         self.name = spec.name
         self.channel = channel
+        self.hurried = False
         self.recording = Recording(spec.channel, dialect=spec.options.get("dialect"))
         self._counters = BusCounters(state=BusState.UP)
         self._batches = recording_batches(self._counted(spec.options.get("log_channel")), None, channel)

@@ -18,7 +18,7 @@ from tbox.bus.frames import frames_of, message_of, pack_message
 from tbox.bus.intake import Intake
 from tbox.bus.local import LocalBus
 from tbox.bus.spec import BATCH_FRAMES_MAX, BusCounters, BusError, BusSpec
-from tbox.model import NS_PER_MS, NS_PER_S, BusState, CanSend, FrameBatch
+from tbox.model import NS_PER_S, BusState, CanSend, FrameBatch
 
 log = structlog.get_logger()
 
@@ -58,6 +58,7 @@ class PythonCanReader:
     ) -> None:
         self.name = spec.name
         self.channel = channel
+        self.hurried = False
         self._spec = spec
         self._mono_ns = mono_ns
         self._intake = Intake(channel)
@@ -95,7 +96,7 @@ class PythonCanReader:
         packed: list[bytes] = []
         stamps_s: list[float] = []
         message = bus.recv(timeout_s)
-        until_ns = self._mono_ns() + self._spec.gather_ms * NS_PER_MS
+        until_ns = self._mono_ns() + int(self._spec.gather_s(self.hurried) * NS_PER_S)
         try:
             while message is not None:
                 self._counters.received += 1
@@ -115,7 +116,7 @@ class PythonCanReader:
         self, bus: LocalBus, timeout_s: float
     ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
         """Do the same without a Python object a frame; the bus's stamps are monotonic already."""
-        got = bus.recv_frames(timeout_s, self._spec.gather_ms / 1000)
+        got = bus.recv_frames(timeout_s, self._spec.gather_s(self.hurried))
         counters = self._counters
         counters.kernel_dropped = self._before["dropped_in"] + bus.dropped_in
         malformed = self._before["malformed"] + bus.malformed

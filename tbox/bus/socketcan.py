@@ -150,6 +150,7 @@ class SocketCanReader:
     ) -> None:
         self.name = spec.name
         self.channel = channel
+        self.hurried = False
         self._spec = spec
         self._ids = sorted(ids) if spec.filter and ids else []
         self._mono_ns = mono_ns
@@ -186,7 +187,7 @@ class SocketCanReader:
             if not self._poll.poll(timeout_s * 1000):
                 self._ask_overflow(self._sock)
                 return None
-            time.sleep(self._spec.gather_ms / 1000)
+            time.sleep(self._spec.gather_s(self.hurried))
         return self._read(self._sock)
 
     def _read(self, sock: socket.socket) -> FrameBatch | None:

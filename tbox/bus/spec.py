@@ -13,6 +13,7 @@ from tbox.model import BusState, CanSend, FrameBatch
 # After the first frame a reader gathers this long, so that a batch pays for the work done once per batch;
 # it is also the most that reading may add to the way from a critical frame to the isolation request.
 GATHER_MS_MAX = 10
+GATHER_MS_HURRIED = 3  # while an isolation request may hang on the next frame
 # A batch never grows beyond this: 20 ms of a CAN-FD bus saturated with short frames (FACTS: 23,800/s).
 BATCH_FRAMES_MAX = 512
 # 200 ms at 23,000 frames/s are 4,600 frames; the kernel books 832 bytes or more for each of them, 4 MiB.
@@ -48,6 +49,10 @@ class BusSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def name(self) -> str:
         return f"{self.interface}:{self.channel}"
+
+    def gather_s(self, hurried: bool) -> float:
+        """Return how long a reader gathers."""
+        return min(self.gather_ms, GATHER_MS_HURRIED if hurried else GATHER_MS_MAX) / 1000
 
 
 def parse_bus_url(text: str, *, fd: bool = True) -> BusSpec:
@@ -118,10 +123,14 @@ class BusCounters:
 
 
 class BusReader(Protocol):
-    """One bus, read in batches. `recv_batch` and `close` belong to one thread; `send` may be another's."""
+    """One bus, read in batches. `recv_batch` and `close` belong to one thread; `send` may be another's.
+
+    hurried: set while time is short; the reader then gathers for GATHER_MS_HURRIED at most.
+    """
 
     name: str
     channel: int
+    hurried: bool
 
     def recv_batch(self, timeout_s: float) -> FrameBatch | None:
         """Wait for a frame, gather what follows within `gather_ms`, and return all of it in order.

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tbox.decode.batch import Decoded, Decoder
+from tbox.decode.batch import Decoded, Decoder, where_
 from tbox.decode.database import Database, DecodeSettings, Definition
 from tbox.decode.roles import Binding, RoleMap
-from tbox.decode.table import MALFORMED_PLAN, IntArray, SignalTable, compile_table
+from tbox.decode.table import MALFORMED_PLAN, NO_ID, IntArray, SignalTable, compile_table
 from tbox.decode.validity import Judge
 from tbox.ledger import Ledger
 from tbox.model import ROLE_UNITS, FrameBatch, Now, SampleBatch, Signal, Validity
 
 # Validity -> the cause the ledger counts it under.
 CAUSES = {v: v.name.lower() for v in Validity if v is not Validity.VALID}
+
+
+class _Limited(NamedTuple):
+    """The ids of messages with a limited signal, by channel, and the limits they were found for."""
+
+    upper: npt.NDArray[np.float64]
+    lower: npt.NDArray[np.float64]
+    ids: dict[int, npt.NDArray[np.uint32]]
 
 
 class DecodeStage:
@@ -36,6 +45,7 @@ class DecodeStage:
         self.table = table
         self._fold(bindings)
         self._decoder = Decoder(table)
+        self._limited: _Limited | None = None
         self._judge = Judge(self._decoder, bindings, roles, self.catalog, settings)
         self._wanted = None if settings.unmapped else np.array([bool(s.role or s.vss) for s in self.catalog])
         self._frames = ledger.stage("decode", "frames")
@@ -72,13 +82,35 @@ class DecodeStage:
     ) -> bool:
         """Return whether a reading in the batch reaches a limit (by column); counts and keeps nothing.
 
-        Any thread may ask. What only cantools can decode counts as past a limit.
+        Any thread may ask. What only cantools can decode counts as past a limit. Frames without a limited
+        signal are not even decoded.
         """
-        decoded = self._decoder.decode(batch.channel, batch.frames)
+        limited = self._limited_ids(upper, lower).get(batch.channel)
+        if limited is None:
+            return False
+        ids = batch.frames["id"]
+        at = where_(limited.take(limited.searchsorted(ids)) == ids)
+        if not len(at):
+            return False
+        decoded = self._decoder.decode(batch.channel, batch.frames[at])
         if decoded.fallback:
             return True
         column = self.table.column.take(decoded.row)
         return self._judge.passes(decoded, upper.take(column), lower.take(column))
+
+    def _limited_ids(
+        self, upper: npt.NDArray[np.float64], lower: npt.NDArray[np.float64]
+    ) -> dict[int, npt.NDArray[np.uint32]]:
+        """Return by channel, in order, the ids of messages with a limited signal; kept while limits stay."""
+        known = self._limited
+        if known is None or known.upper is not upper or known.lower is not lower:
+            found: dict[int, set[int]] = {}
+            for column in where_(np.isfinite(upper) | np.isfinite(lower)).tolist():
+                definition = self.table.definitions[self.table.columns[column][0]]
+                found.setdefault(definition.channel, {NO_ID}).add(definition.can_id)
+            ids = {channel: np.array(sorted(of), np.uint32) for channel, of in found.items()}
+            known = self._limited = _Limited(upper, lower, ids)
+        return known.ids
 
     def _count(self, validity: npt.NDArray[np.uint8]) -> None:
         self._samples.into += len(validity)

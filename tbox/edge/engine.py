@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tbox.edge.alarms import Alarm
+from tbox.edge.bands import Band
 from tbox.edge.imbalance import Imbalance
 from tbox.edge.judge import Judge
 from tbox.edge.mode import Context
@@ -21,7 +22,11 @@ from tbox.edge.rules import WATCHES, Rule, RuleSet
 from tbox.edge.thermal import Runaway, Thermal
 from tbox.edge.watches import BMS_ROLES, LOST_NS, Load, LoadSettings, Watches
 from tbox.ledger import StageLedger
-from tbox.model import Draft, Now, SampleBatch, Signal
+from tbox.model import NS_PER_MS, Draft, Level, Now, SampleBatch, Signal
+
+# A critical that must hold at least this long is pending, and seen as `isolating`, well before it is
+# confirmed; only quicker ones can be confirmed by the frame that first shows them.
+LEAD_NS = 200 * NS_PER_MS
 
 CELL_EXTREMES = ("cell_voltage_max", "cell_voltage_min")
 PROBE_EXTREMES = ("temperature_max", "temperature_min")
@@ -106,24 +111,31 @@ class Engine:
         self._escalating = [judge for judge in self._all if judge.rule.escalate]
         params = next((rule.params for rule in rules.rules if rule.watch == "thermal_runaway"), None)
         self._runaway = Runaway(params, self._cell_names, self._probe_names) if params else None
-        self._upper, self._lower = self._outer_limits(rules.rules)
-        self.isolation_limits = self._outer_limits(rule for rule in rules.rules if rule.isolate)
+        self._isolators = [judge for judge in self._all if judge.rule.isolate]
+        self._runaway_isolates = any(judge.rule.watch == "thermal_runaway" for judge in self._isolators)
+        self._upper, self._lower = self._outer_limits((rule, rule.ladder.bands[0]) for rule in rules.rules)
+        self.isolation_limits = self._outer_limits(
+            (judge.rule, band)
+            for judge in self._isolators
+            for band in judge.rule.ladder.bands
+            if band.level >= Level.CRITICAL and band.for_ns < LEAD_NS
+        )
+        self.isolates_at_once = bool(np.isfinite(self.isolation_limits).any())
 
     def _names_of(self, rule: Rule) -> list[str]:
         names = {"cell": self._cell_names, "probe": self._probe_names}.get(rule.item, [])
         return names or [f"highest {rule.item}", f"lowest {rule.item}"]
 
-    def _outer_limits(self, rules: Iterable[Rule]) -> tuple[Floats, Floats]:
-        """Return for each column the nearest upper and lower limit any rule sets on its bare value."""
+    def _outer_limits(self, bands: Iterable[tuple[Rule, Band]]) -> tuple[Floats, Floats]:
+        """Return for each column the nearest upper and lower limit the bands set on its bare value."""
         size = len(self._is_bms)
         upper, lower = np.full(size, np.inf), np.full(size, -np.inf)
-        for rule in rules:
-            limit = rule.ladder.bands[0].limit
+        for rule, band in bands:
             for columns in (self._columns_of[role] for role in _bare(rule.watch) if role in self._columns_of):
                 if rule.ladder.sign > 0:
-                    upper[columns] = np.minimum(upper[columns], limit)
+                    upper[columns] = np.minimum(upper[columns], band.limit)
                 else:
-                    lower[columns] = np.maximum(lower[columns], limit)
+                    lower[columns] = np.maximum(lower[columns], band.limit)
         return upper, lower
 
     @property
@@ -137,8 +149,11 @@ class Engine:
 
     @property
     def isolating(self) -> bool:
-        """Whether a rule that may ask for isolation has an alarm, confirmed or not. Any thread may ask."""
-        return any(judge.busy for judge in self._all if judge.rule.isolate)
+        """Whether a rule that may ask for isolation has an alarm, confirmed or not, or a probe rises so fast
+        that it soon may. Any thread may ask."""
+        if self._runaway_isolates and self._runaway is not None and self._runaway.near:
+            return True
+        return any(judge.busy for judge in self._isolators)
 
     # --- the step ------------------------------------------------------------------------------------------
 

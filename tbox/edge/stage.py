@@ -1,7 +1,7 @@
 """The edge stage: samples in; alarms, telemetry, journeys, captures and isolation requests out. Does no IO.
 
-One step, in order: the rules see the samples; the driving mode, the sampler, journeys, estimators and the
-black box see the same instant; the isolation request follows from the alarms that stand.
+One step, in order: the rules see the samples, and the isolation request follows from the alarms that stand;
+then the driving mode, the sampler, journeys, estimators and the black box see the same instant.
 """
 
 from __future__ import annotations
@@ -65,18 +65,32 @@ class EdgeStage:
         self._warned: tuple[Level | None, str] = (None, "")
         self._context = Context()
         self._now_ns: int | None = None
+        self._alarms: list[Draft] = []  # of the step under way
+        self._snapshot = self._engine.pack.snapshot(Now(0))
 
     def step(self, now: Now, samples: SampleBatch, frames: FrameBatch | None = None) -> EdgeOutput:
         """Take what was received since the last step. Call it at least every 100 ms, bus or no bus."""
+        urgent = self.judge(now, samples)
+        drafts = urgent.drafts + self.follow(now, samples, frames)
+        return EdgeOutput(drafts, urgent.sends, urgent.next_wake_ns)
+
+    def judge(self, now: Now, samples: SampleBatch) -> EdgeOutput:
+        """The first half of a step, what must not wait for the rest: the rules and the isolation request."""
         now = self._forward(now)
-        alarms = self._engine.step(now, samples, self._context)
-        snapshot = self._engine.pack.snapshot(now)
+        self._alarms = self._engine.step(now, samples, self._context)
+        self._snapshot = self._engine.pack.snapshot(now)
+        return self._out(now, self._alarms, self._snapshot.scalars.get("isolation_ack"))
+
+    def follow(self, now: Now, samples: SampleBatch, frames: FrameBatch | None = None) -> list[Draft]:
+        """The second half, with the same arguments: mode, sampler, journeys, estimators and black box."""
+        now = self._forward(now)
+        snapshot = self._snapshot
         self._context, drafts = self._mode.step(now, snapshot)
         drafts += self._sampler.step(now, samples, self._context)
         drafts += self._journeys.step(now, snapshot, self._context)
         drafts += self._estimators.step(now, snapshot, self._context)
         drafts += self._blackbox.step(now, frames)
-        return self._out(now, alarms, drafts, snapshot.scalars.get("isolation_ack"))
+        return drafts + self._captures(now, self._alarms)
 
     def flush(self, now: Now) -> EdgeOutput:
         """At stop: give out what is held (open windows, journeys, captures)."""
@@ -94,7 +108,9 @@ class EdgeStage:
         """End the alarms of a rule (None: of all), latched ones too; what still holds is raised again."""
         now = self._forward(now)
         ack = self._engine.scalars.get("isolation_ack")
-        return self._out(now, self._engine.reset(now.mono_ns, rule), [], ack)
+        alarms = self._engine.reset(now.mono_ns, rule)
+        output = self._out(now, alarms, ack)
+        return EdgeOutput(output.drafts + self._captures(now, alarms), output.sends, output.next_wake_ns)
 
     def _forward(self, now: Now) -> Now:
         """Time never runs backwards in here, whatever comes in."""
@@ -103,12 +119,16 @@ class EdgeStage:
         self._now_ns = now.mono_ns
         return now
 
-    def _out(self, now: Now, alarms: list[Draft], drafts: list[Draft], ack: float | None) -> EdgeOutput:
+    def _captures(self, now: Now, alarms: list[Draft]) -> list[Draft]:
+        drafts: list[Draft] = []
         for alarm in alarms:
             if alarm.body["event"] == "clear":
                 self._blackbox.clear(now, alarm)
             else:
                 drafts += self._blackbox.trigger(now, alarm)
+        return drafts
+
+    def _out(self, now: Now, alarms: list[Draft], ack: float | None) -> EdgeOutput:
         standing = self._engine.standing()
         demands = [
             Demand(rule.name, alarm.key, index)
@@ -121,7 +141,7 @@ class EdgeStage:
         wake_ns = now.mono_ns + STEP_NS_MAX
         if self._isolation.next_ns is not None:
             wake_ns = min(wake_ns, max(self._isolation.next_ns, now.mono_ns))
-        return EdgeOutput(alarms + events + drafts, sends, wake_ns)
+        return EdgeOutput(alarms + events, sends, wake_ns)
 
     def _warn(self, standing: list[Standing]) -> None:
         worst = max(standing, key=lambda stand: stand.alarm.level, default=None)
@@ -132,8 +152,13 @@ class EdgeStage:
 
     @property
     def isolation_limits(self) -> tuple[Floats, Floats]:
-        """For each column the upper and lower limit at which a rule may come to ask for isolation."""
+        """For each column the upper and lower limit at which a rule may ask for isolation at once."""
         return self._engine.isolation_limits
+
+    @property
+    def isolates_at_once(self) -> bool:
+        """Whether a single reading may make a rule ask for isolation."""
+        return self._engine.isolates_at_once
 
     @property
     def isolating(self) -> bool:

@@ -22,6 +22,7 @@ COLLAPSE_STEP_NS = 30 * NS_PER_S
 COLLAPSE_STEPS = 10
 # A collapsed cell often stops being readable; what was seen still counts for this long.
 COLLAPSE_REMEMBERED_NS = 60 * NS_PER_S
+NEAR_C_PER_S = 0.5  # half the slope of the runaway condition: from here on time may become short
 
 
 class Thermal:
@@ -101,7 +102,7 @@ class Runaway:
     """The condition of GB 38031-2025 C.5.3.7: a cell's voltage fell by more than its share, or a probe is
     over its limit; and a probe has risen fast for long enough. The slope alone never counts.
 
-    params: voltage_drop (percent), temperature (degC), sustained (s).
+    params: voltage_drop (percent), temperature (degC), sustained (s). near: a probe rises fast just now.
     """
 
     def __init__(self, params: Mapping[str, float], cells: Sequence[str], probes: Sequence[str]) -> None:
@@ -109,6 +110,7 @@ class Runaway:
         self._temperature_c = params["temperature"]
         self._sustained_ns = int(params["sustained"] * NS_PER_S)
         self._cells, self._probes = cells, probes
+        self.near = False
         self._highs: deque[tuple[int, Floats]] = deque(maxlen=COLLAPSE_STEPS)
         self._collapse: tuple[int, str] | None = None  # when it was last seen, and its text
         self._rises: deque[tuple[int, Floats]] = deque()
@@ -130,6 +132,7 @@ class Runaway:
 
     def see_probes(self, t_ns: int, degrees: Floats, rise: Floats | None) -> Scalar:
         """Take a scan of probes and their slopes; return the slope that lasted, 0 if nothing else is off."""
+        self.near = rise is not None and bool((rise >= NEAR_C_PER_S).any())
         lasting = self._lasting(t_ns, rise)
         if lasting is None or lasting.high < 0:
             return NOTHING

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tbox.edge.rules import load_rules
 from tbox.model import Level
 from tests.core.edge_fixture import (
     CELLS,
@@ -192,3 +194,33 @@ def test_each_fault_is_told_within_its_rules_time(fault: str) -> None:
     assert (raised[0].mono_ns - begin_ns) / 1e9 <= within_s
     assert "limit" in raised[0].body["text"] or rule == "contactor-mismatch" or raised[0].body["text"]
     assert raised[0].body["context"]["mode"] == "idle"
+
+
+@pytest.mark.parametrize("fault", ["over-voltage", "runaway"])
+def test_time_is_known_to_be_short_before_a_shipped_rule_asks_for_isolation(fault: str) -> None:
+    """Until then frames wait for each other, and the reader gathers longer."""
+    change = {"over-voltage": cell(37, 4.4), "runaway": probe(7, lambda t_s: 40.0 + 2.0 * t_s)}[fault]
+    bench, pack = Bench(), NoisyPack(np.random.default_rng(7), soc=0.6)
+    warm_up(bench, pack)
+    assert not bench.engine.isolates_at_once and not bench.engine.isolating
+    short_ns: list[int] = []
+
+    def look(t_s: float, row: Floats) -> None:
+        if bench.engine.isolating:
+            short_ns.append(bench.t_ns)
+        change(t_s, row)
+
+    bench.run(pack.rows(np.full(250, -40.0), 0.1), 0.1, look)
+    critical = [draft for draft in bench.drafts if draft.level == Level.CRITICAL]
+    assert critical and short_ns[0] < critical[0].mono_ns - 1_000_000_000
+
+
+def test_a_rule_that_asks_at_once_makes_its_signals_press(tmp_path: Path) -> None:
+    (tmp_path / "quick.toml").write_text(
+        '[rule.quick]\nwatch = "cell_voltage"\nwhen = "above"\nfor = "0 s"\nisolate = true\ntext = "{item} {value}"\n'
+        'bands = [ { level = "critical", limit = "4.5 V", clear = "4.4 V" } ]\n'
+    )
+    engine = Bench(load_rules("nmc", [str(tmp_path / "quick.toml")])).engine
+    upper, lower = engine.isolation_limits
+    assert engine.isolates_at_once and np.isinf(lower).all()
+    assert np.flatnonzero(np.isfinite(upper)).tolist() == list(range(CELLS)) and set(upper[:CELLS]) == {4.5}

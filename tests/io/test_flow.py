@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,9 +38,14 @@ def inbox() -> Inbox:
 
 
 @pytest.fixture
-def thread(tmp_path: Path, inbox: Inbox) -> Iterator[BusThread]:
+def hurry() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def thread(tmp_path: Path, inbox: Inbox, hurry: threading.Event) -> Iterator[BusThread]:
     reader = open_reader(parse_bus_url(f"tbox:{tmp_path}"), 0)
-    one = BusThread(reader, inbox, lambda batch: PRESSING in ids(batch), Heart("can-rx-0"))
+    one = BusThread(reader, inbox, lambda batch: PRESSING in ids(batch), hurry.is_set, Heart("can-rx-0"))
     one.start()
     yield one
     one.stop()
@@ -90,3 +96,13 @@ def test_a_frame_that_presses_goes_at_once_behind_what_was_held(
 def test_only_so_many_frames_are_held(inbox: Inbox, send: Callable[..., None]) -> None:
     send(*[1] * HOLD_FRAMES_MAX)
     assert len(inbox.get(timeout=DEADLINE_S)) >= HOLD_FRAMES_MAX
+
+
+def test_the_reader_gathers_less_while_time_is_short(
+    thread: BusThread, hurry: threading.Event, send: Callable[..., None]
+) -> None:
+    send(1)
+    assert not thread.reader.hurried
+    hurry.set()
+    send(1, 1)
+    assert thread.reader.hurried
