@@ -17,9 +17,10 @@ from tuf.ngclient.config import EnvelopeType
 
 from tbox.durable import OsStorage
 from tbox.ota import metadata, publish, releases
+from tbox.ota.keys import make_key, read_signer
 from tbox.ota.metadata import TrustedSet, drive
 from tbox.ota.model import VerifiedTarget
-from tbox.ota.publish import KeyChange, Publisher, make_key, read_signer
+from tbox.ota.publish import KeyChange, Publisher
 from tbox.ota.trust import TrustClient, verify_slot_manifest
 from tests.bench.harness import Result, interleaved, seconds
 
