@@ -260,7 +260,7 @@ class Publisher:
         listed = self.releases()
         self._check_counter(draft, listed, delist)
         (self.images / f"{hashlib.sha256(data).hexdigest()}.img").write_bytes(data)
-        full = self._put_target(targets, draft.full.name, _compress(data))
+        full = self._put_target(targets, draft.full.name, compress(data))
         release = replace(
             draft,
             name=draft.full.name,
@@ -308,7 +308,7 @@ class Publisher:
             path = self.images / f"{base.sha256}.img"
             if base.sha256 == release.sha256 or not path.exists():
                 continue
-            patch = _diff(path.read_bytes(), data)
+            patch = diff(path.read_bytes(), data)
             if len(patch) > DELTA_WORTH * release.full.length:
                 continue
             name = f"{release.name}.from-{base.sha256[:16]}.bsdiff"
@@ -470,12 +470,14 @@ def _delist(targets: Targets, release: VerifiedTarget) -> None:
         targets.targets.pop(name, None)
 
 
-def _compress(data: bytes) -> bytes:
+def compress(data: bytes) -> bytes:
+    """Return a full image as devices download it."""
     parameters = zstandard.ZstdCompressionParameters.from_level(ZSTD_LEVEL, window_log=ZSTD_WINDOW_LOG)
     return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
 
 
-def _diff(base: bytes, data: bytes) -> bytes:
+def diff(base: bytes, data: bytes) -> bytes:
+    """Return the BSDIFF40 patch from one image to another. Raises TboxError."""
     try:
         import bsdiff4
     except ImportError:

@@ -233,17 +233,15 @@ class Lie(NamedTuple):
 
 
 LIES = {
-    "keys: one key counted twice towards a threshold": Lie(
-        one_key_counted_twice, "targets", "signed by 1 of the 3"
-    ),
-    "keys: zero signatures": Lie(zero_signatures, "targets", "signed by 0 of the 3"),
+    "keys: one key counted twice towards a threshold": Lie(one_key_counted_twice, "targets", "by 1 of the 3"),
+    "keys: zero signatures": Lie(zero_signatures, "targets", "by 0 of the 3"),
     "keys: no keys present": Lie(no_keys_present, "root", "malformed"),
-    "keys: a rotated-out key": Lie(rotated_out_key, "targets", "signed by 2 of the 3"),
+    "keys: a rotated-out key": Lie(rotated_out_key, "targets", "by 2 of the 3"),
     "keys: a new root signed by only the old keys": Lie(
-        new_root(signed_by_old=True), "root", "signed by 0 of the 3"
+        new_root(signed_by_old=True), "root", "by 0 of the 3"
     ),
     "keys: a new root signed by only the new keys": Lie(
-        new_root(signed_by_old=False), "root", "signed by 0 of the 3"
+        new_root(signed_by_old=False), "root", "by 0 of the 3"
     ),
     "keys: unknown algorithm": Lie(unknown_algorithm, "root", "malformed"),
     "metadata: an older timestamp replayed": Lie(older_timestamp, "timestamp", "is older than 2"),
