@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -95,6 +96,7 @@ def _export_public(uri: str, names: tuple[str, ...], directory: Path) -> None:
 @click.option("--online", multiple=True, type=click.Path(path_type=Path), help="For the keys at the server.")
 @click.option("--revoke", multiple=True, help="Take this key id away from every role; repeatable.")
 @click.option("--threshold", type=click.IntRange(1, 64), help="Signatures that root and targets take.")
+@click.option("--renew", multiple=True, type=click.Choice(["root", "targets"]), help="Before it expires.")
 @key_places
 def rotate(
     repository: Path,
@@ -103,9 +105,10 @@ def rotate(
     online: tuple[Path, ...],
     revoke: tuple[str, ...],
     threshold: int | None,
+    renew: tuple[str, ...],
     keys: tuple[str, ...],
 ) -> None:
-    """Stage a root with other keys; the first one makes the repository.
+    """Stage a root with other keys, or the same for longer; the first one makes the repository.
 
     What is staged must be signed with `tbox ota sign` by enough of the old keys and of the new ones.
     """
@@ -115,9 +118,10 @@ def rotate(
     publisher.create()
     offline = {"root": root, "targets": targets}
     changes = _changes(publisher, offline, online, set(revoke), threshold, read_public)
-    if not changes:
-        raise click.UsageError("nothing changes: give keys to add or --revoke")
-    for path in publisher.rotate(changes):
+    if not changes and not renew:
+        raise click.UsageError("nothing changes: give keys to add, --revoke or --renew")
+    staged = [*publisher.rotate(changes), *map(publisher.renew, renew)]
+    for path in dict.fromkeys(staged):
         _sign_and_say(publisher, path, keys)
 
 
@@ -181,6 +185,9 @@ def _release_options(command: Command) -> Command:
         click.option("--notes", default="", help="What the user is told."),
         click.option("--rxswin", default="", help="Software identification number (UN R156)."),
         click.option("--fallback-min", type=click.IntRange(0), default=0, help="Least counter to go back to"),
+        click.option("--window", help="Download only between these hours of the day, as 22:00-06:00."),
+        click.option("--soc-min", type=click.IntRange(0, 100), help="Least charge to switch at, in %."),
+        click.option("--consent", is_flag=True, help="The user must agree before the switch."),
         click.option("--critical", is_flag=True, help="May be downloaded outside the window."),
         click.option("--emergency", type=click.IntRange(1), help="Permit a downgrade up to this floor."),
         click.option("--reason", default="", help="Why, for --emergency."),
@@ -247,6 +254,8 @@ def _draft(image: Path, options: dict[str, Any]) -> Any:
         "requires": options["requires"],
         "fallback_counter_min": options["fallback_min"],
         "cohort_percent": options["percent"],
+        "window": _window(options["window"]),
+        "preconditions": _preconditions(options),
         "critical": options["critical"],
         "emergency": {"floor_max": emergency, "reason": options["reason"]} if emergency else None,
         "rxswin": options["rxswin"],
@@ -256,6 +265,21 @@ def _draft(image: Path, options: dict[str, Any]) -> Any:
         return msgspec.convert(fields, VerifiedTarget)
     except msgspec.ValidationError as error:
         raise TboxError(f"the release is out of bounds: {error}", where=str(image)) from None
+
+
+def _window(text: str | None) -> dict[str, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d\d):(\d\d)-(\d\d):(\d\d)", text)
+    if match is None:
+        raise click.UsageError(f"--window is no span of the day: {text}; write it as 22:00-06:00")
+    begin_h, begin_min, end_h, end_min = map(int, match.groups())
+    return {"begin_minute": 60 * begin_h + begin_min, "end_minute": 60 * end_h + end_min}
+
+
+def _preconditions(options: dict[str, Any]) -> dict[str, Any]:
+    said = {"consent": options["consent"], "soc_percent_min": options["soc_min"]}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 @click.command()

@@ -216,6 +216,15 @@ class Publisher:
                 paths.append(self._rotate_rollout(change))
         return paths
 
+    def renew(self, role: str) -> Path:
+        """Stage what a role says now under a new date, without signatures. Raises TboxError."""
+        current = self._current(role)
+        if current is None:
+            raise TboxError(
+                f"no {role} yet", where=str(self.directory), mend="make it with `tbox ota rotate`"
+            )
+        return self._stage(role, current.signed)
+
     def _rotate_rollout(self, change: KeyChange) -> Path:
         targets = self._targets()
         if targets.delegations is None:
