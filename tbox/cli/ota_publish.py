@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -355,8 +356,11 @@ def _outcomes(path: Path) -> list[Any]:
                 raise TboxError(f"more than {OUTCOMES_MAX} lines", where=str(path))
             try:
                 entry = json.loads(line)
-                outcome = reports.outcome(str(entry["vehicle"]), dict(entry["body"]), float(entry["at_s"]))
-            except (ValueError, KeyError, TypeError) as error:
+                at_s = float(entry["at_s"])
+                if not math.isfinite(at_s):
+                    raise ValueError(f"at_s is {at_s}")
+                outcome = reports.outcome(str(entry["vehicle"]), dict(entry["body"]), at_s)
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise TboxError(f"not a report: {error!r}", where=f"{path}:{number}") from None
             if outcome is not None:
                 found.append(outcome)

@@ -114,6 +114,16 @@ def test_a_key_is_revoked_by_id(publisher: Publisher) -> None:
         publisher.types("rotate", publisher.repository, "--threshold", "3")
 
 
+@pytest.mark.parametrize("at_s", ["NaN", "Infinity", "1e999", '"soon"'])
+def test_a_report_of_no_time_is_named_by_its_line(publisher: Publisher, tmp_path: Path, at_s: str) -> None:
+    publisher.stages(b"image", "1", 1)
+    path = tmp_path / "reports.jsonl"
+    path.write_text(f'{{"vehicle": "v", "at_s": {at_s}, "body": {{"event": "good"}}}}\n')
+    words = ["rollout", publisher.repository, "--version", "1", "--key", publisher.key("online")]
+    with pytest.raises(TboxError, match=r"reports\.jsonl:1: not a report"):
+        publisher.types(*words, "--reports", str(path))
+
+
 def test_what_would_expire_is_renewed_by_its_signers(publisher: Publisher) -> None:
     said = publisher.types("rotate", publisher.repository, "--renew", "root", "--renew", "targets")
     assert "root: 0 of the 2 keys of the root before" in said

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tbox.cli.ota import ota
 from tbox.errors import TboxError
@@ -174,6 +176,17 @@ def test_an_unclear_uri_is_refused(text: str, why: str) -> None:
     with pytest.raises(TboxError, match=why) as caught:
         hsm.parse_uri(text)
     assert "12345" not in str(caught.value)
+
+
+@given(noise=st.text(max_size=60) | st.from_regex(r"pkcs11:([a-z-]{1,12}=[^;&?]{0,5}[;&?]){0,6}"))
+def test_noise_names_a_key_or_is_refused(noise: str) -> None:
+    try:
+        key = hsm.parse_uri(noise)
+    except TboxError:
+        return
+    assert key.module
+    assert key.token
+    assert key.label
 
 
 def test_labels_may_hold_any_character() -> None:
