@@ -32,7 +32,7 @@ from tuf.api.metadata import (
 
 from tbox.errors import Refused, TboxError
 from tbox.ota import metadata as core
-from tbox.ota import releases
+from tbox.ota import releases, workflow
 from tbox.ota.keys import Signer
 from tbox.ota.metadata import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TrustedSet, authority_of
 from tbox.ota.model import Delta, Full, VerifiedTarget
@@ -448,10 +448,10 @@ class Publisher:
             return files.get(path) or (place.read_bytes() if place.exists() else None)
 
         trusted = TrustedSet(roots[0])
-        core.drive(core.refresh(trusted, self._now), fetch)
+        workflow.drive(workflow.refresh(trusted, self._now), fetch)
         hardware = {name for release in self.releases() for name in release.hardware_ids}
         for hardware_id in sorted(hardware):
-            core.drive(releases.offer(trusted, self._now, hardware_id, lambda release: True), fetch)
+            workflow.drive(releases.offer(trusted, self._now, hardware_id, lambda release: True), fetch)
 
 
 def _change_keys(root: Root, change: KeyChange) -> None:

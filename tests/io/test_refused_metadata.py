@@ -23,8 +23,8 @@ from tbox.durable import OsStorage
 from tbox.errors import Refused, TboxError
 from tbox.model import NS_PER_S, Now
 from tbox.ota.fetch import Http
-from tbox.ota.metadata import TIMESTAMP_BYTES_MAX
 from tbox.ota.trust import TrustClient, moment
+from tbox.ota.workflow import TIMESTAMP_BYTES_MAX
 from tests.tuf_repository import START, Repository, serving
 
 THRESHOLD = 3
