@@ -192,3 +192,11 @@ def test_noise_names_a_key_or_is_refused(noise: str) -> None:
 def test_labels_may_hold_any_character() -> None:
     key = hsm.parse_uri("pkcs11:token=a%20b%3Bc;object=%C3%A4?module-path=/m%26n&pin-source=/p")
     assert key[1:] == ("/m&n", "a b;c", "ä", "/p")
+
+
+def test_the_device_runs_without_what_the_publisher_installs() -> None:
+    code = "import sys; sys.modules |= {'pkcs11': None, 'bsdiff4': None};"
+    code += "import tbox.agent, tbox.update, tbox.cli.main; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "tbox.ota.trust" in loaded.split()
+    assert not {"tbox.ota.hsm", "tbox.ota.keys", "tbox.ota.publish"} & {*loaded.split()}
