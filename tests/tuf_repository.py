@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,6 +59,7 @@ class Repository:
         self.served: dict[str, list[bytes]] = {}  # role -> its versions, as served
         self.asked: list[tuple[str, int | None]] = []
         self.asked_targets: list[str] = []
+        self.hostile: dict[str, Answer] = {}  # metadata path -> how the server answers instead
         for role in ROLES:
             self.add_key(role)
         self.publish("root", "targets", "snapshot", "timestamp")
@@ -183,11 +184,17 @@ class Repository:
         return self.files.get(path)
 
 
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
 class _Handler(BaseHTTPRequestHandler):
     repository: Repository
 
     def do_GET(self) -> None:
         kind, _, path = self.path.lstrip("/").partition("/")
+        if kind == "metadata" and path in self.repository.hostile:
+            self.repository.hostile[path](self)
+            return
         data = (
             self.repository.fetch(path) if kind == "metadata" else self.repository.fetch_target(unquote(path))
         )

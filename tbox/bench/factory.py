@@ -18,8 +18,9 @@ from tbox.durable import OsStorage
 from tbox.model import NS_PER_S, Now, TimeQuality
 from tbox.ota import image, publish
 from tbox.ota.bootctl import BootCtl
+from tbox.ota.keys import make_key, read_signer
 from tbox.ota.model import VerifiedTarget
-from tbox.ota.publish import KeyChange, Publisher, make_key, read_signer
+from tbox.ota.publish import KeyChange, Publisher
 from tbox.ota.serve import running
 from tbox.ota.slots import Slots
 from tbox.ota.source import SourceSettings, UpdateSource

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -17,8 +19,9 @@ from tbox.durable import OsStorage
 from tbox.errors import Refused, TboxError
 
 if TYPE_CHECKING:
-    from securesystemslib.signer import CryptoSigner, Key
+    from securesystemslib.signer import Key
 
+    from tbox.ota.keys import Signer
     from tbox.ota.publish import Publisher
 
 # The modules behind these commands are imported when one runs: the device's commands need none of them.
@@ -28,9 +31,9 @@ TOP_ROLES = ("root", "targets", "snapshot", "timestamp")
 Command = Callable[..., Any]
 
 repository = click.argument("repository", type=click.Path(path_type=Path))
-key_files = click.option(
-    "--key", "keys", type=click.Path(path_type=Path), multiple=True, help="A private key file; repeatable."
-)
+KEY_HELP = "A private key file, or pkcs11:token=…;object=…?module-path=…&pin-source=…; repeatable."
+key_places = click.option("--key", "keys", multiple=True, help=KEY_HELP)
+key_places_needed = click.option("--key", "keys", multiple=True, required=True, help=KEY_HELP)
 
 
 def _publisher(directory: Path) -> Publisher:
@@ -39,11 +42,11 @@ def _publisher(directory: Path) -> Publisher:
     return Publisher(directory, datetime.fromtimestamp(time.time(), UTC))
 
 
-def _signers(keys: Sequence[Path]) -> list[CryptoSigner]:
-    from tbox.ota.publish import read_signer
+def _signers(keys: Sequence[str]) -> list[Signer]:
+    from tbox.ota.keys import open_signer
 
     password = os.environ.get(PASSWORD_VARIABLE, "").encode() or None
-    return [read_signer(path, password) for path in keys]
+    return [open_signer(place, password) for place in keys]
 
 
 def _standing(publisher: Publisher, role: str) -> bool:
@@ -58,18 +61,33 @@ def _standing(publisher: Publisher, role: str) -> bool:
 @click.argument("names", nargs=-1, required=True)
 @click.option("--dir", "directory", type=click.Path(path_type=Path), default=Path("keys"), show_default=True)
 @click.option("--kind", type=click.Choice(["ed25519", "rsa"]), default="ed25519", show_default=True)
-def keys(names: tuple[str, ...], directory: Path, kind: Any) -> None:
+@click.option("--token", help="Make none: write the .pub of the key at this pkcs11: URI, as the one NAME.")
+def keys(names: tuple[str, ...], directory: Path, kind: Any, token: str | None) -> None:
     """Make a key pair for each of NAMES: NAME.pem stays with its owner, NAME.pub goes to the repository.
 
     With TBOX_KEY_PASSWORD set, the private keys are encrypted with it.
     """
-    from tbox.ota.publish import make_key
+    from tbox.ota.keys import make_key
 
     directory.mkdir(parents=True, exist_ok=True)
+    if token is not None:
+        _export_public(token, names, directory)
+        return
     password = os.environ.get(PASSWORD_VARIABLE, "").encode() or None
     for name in names:
         public = make_key(directory / f"{name}.pem", kind, password)
         click.echo(f"{name}  {public.keyid}")
+
+
+def _export_public(uri: str, names: tuple[str, ...], directory: Path) -> None:
+    from tbox.ota.hsm import parse_uri, read_public
+    from tbox.ota.keys import write_public
+
+    if len(names) != 1:
+        raise click.UsageError("a token's key gets one NAME")
+    public = read_public(parse_uri(uri))
+    write_public(directory / f"{names[0]}.pub", public)
+    click.echo(f"{names[0]}  {public.keyid}")
 
 
 @click.command()
@@ -79,7 +97,8 @@ def keys(names: tuple[str, ...], directory: Path, kind: Any) -> None:
 @click.option("--online", multiple=True, type=click.Path(path_type=Path), help="For the keys at the server.")
 @click.option("--revoke", multiple=True, help="Take this key id away from every role; repeatable.")
 @click.option("--threshold", type=click.IntRange(1, 64), help="Signatures that root and targets take.")
-@key_files
+@click.option("--renew", multiple=True, type=click.Choice(["root", "targets"]), help="Before it expires.")
+@key_places
 def rotate(
     repository: Path,
     root: tuple[Path, ...],
@@ -87,21 +106,23 @@ def rotate(
     online: tuple[Path, ...],
     revoke: tuple[str, ...],
     threshold: int | None,
-    keys: tuple[Path, ...],
+    renew: tuple[str, ...],
+    keys: tuple[str, ...],
 ) -> None:
-    """Stage a root with other keys; the first one makes the repository.
+    """Stage a root with other keys, or the same for longer; the first one makes the repository.
 
     What is staged must be signed with `tbox ota sign` by enough of the old keys and of the new ones.
     """
-    from tbox.ota.publish import read_public
+    from tbox.ota.keys import read_public
 
     publisher = _publisher(repository)
     publisher.create()
     offline = {"root": root, "targets": targets}
     changes = _changes(publisher, offline, online, set(revoke), threshold, read_public)
-    if not changes:
-        raise click.UsageError("nothing changes: give keys to add or --revoke")
-    for path in publisher.rotate(changes):
+    if not changes and not renew:
+        raise click.UsageError("nothing changes: give keys to add, --revoke or --renew")
+    staged = [*publisher.rotate(changes), *map(publisher.renew, renew)]
+    for path in dict.fromkeys(staged):
         _sign_and_say(publisher, path, keys)
 
 
@@ -126,7 +147,7 @@ def _changes(
     return found
 
 
-def _sign_and_say(publisher: Publisher, path: Path, keys: Sequence[Path]) -> None:
+def _sign_and_say(publisher: Publisher, path: Path, keys: Sequence[str]) -> None:
     from tbox.ota import publish
 
     if keys:
@@ -137,9 +158,12 @@ def _sign_and_say(publisher: Publisher, path: Path, keys: Sequence[Path]) -> Non
 
 @click.command()
 @click.argument("staged", type=click.Path(path_type=Path))
-@click.option("--key", "keys", type=click.Path(path_type=Path), multiple=True, required=True)
-def sign(staged: Path, keys: tuple[Path, ...]) -> None:
-    """Add a signature to a STAGED file; the file may be carried from one person to the next."""
+@key_places_needed
+def sign(staged: Path, keys: tuple[str, ...]) -> None:
+    """Add a signature to a STAGED file; the file may be carried from one person to the next.
+
+    A token's PIN comes from the file of pin-source, or from TBOX_PKCS11_PIN.
+    """
     from tbox.ota import publish
 
     for line in publish.summary(staged):
@@ -162,6 +186,9 @@ def _release_options(command: Command) -> Command:
         click.option("--notes", default="", help="What the user is told."),
         click.option("--rxswin", default="", help="Software identification number (UN R156)."),
         click.option("--fallback-min", type=click.IntRange(0), default=0, help="Least counter to go back to"),
+        click.option("--window", help="Download only between these hours of the day, as 22:00-06:00."),
+        click.option("--soc-min", type=click.IntRange(0, 100), help="Least charge to switch at, in %."),
+        click.option("--consent", is_flag=True, help="The user must agree before the switch."),
         click.option("--critical", is_flag=True, help="May be downloaded outside the window."),
         click.option("--emergency", type=click.IntRange(1), help="Permit a downgrade up to this floor."),
         click.option("--reason", default="", help="Why, for --emergency."),
@@ -175,8 +202,8 @@ def _release_options(command: Command) -> Command:
 @repository
 @click.argument("image", required=False, type=click.Path(path_type=Path))
 @_release_options
-@key_files
-def publish(repository: Path, image: Path | None, keys: tuple[Path, ...], **options: Any) -> None:
+@key_places
+def publish(repository: Path, image: Path | None, keys: tuple[str, ...], **options: Any) -> None:
     """Stage IMAGE as a release; without one, make public what is staged and signed.
 
     Also run without IMAGE before the timestamp expires, which is after a week. --key: those at hand; making
@@ -228,6 +255,8 @@ def _draft(image: Path, options: dict[str, Any]) -> Any:
         "requires": options["requires"],
         "fallback_counter_min": options["fallback_min"],
         "cohort_percent": options["percent"],
+        "window": _window(options["window"]),
+        "preconditions": _preconditions(options),
         "critical": options["critical"],
         "emergency": {"floor_max": emergency, "reason": options["reason"]} if emergency else None,
         "rxswin": options["rxswin"],
@@ -237,6 +266,21 @@ def _draft(image: Path, options: dict[str, Any]) -> Any:
         return msgspec.convert(fields, VerifiedTarget)
     except msgspec.ValidationError as error:
         raise TboxError(f"the release is out of bounds: {error}", where=str(image)) from None
+
+
+def _window(text: str | None) -> dict[str, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d\d):(\d\d)-(\d\d):(\d\d)", text)
+    if match is None:
+        raise click.UsageError(f"--window is no span of the day: {text}; write it as 22:00-06:00")
+    begin_h, begin_min, end_h, end_min = map(int, match.groups())
+    return {"begin_minute": 60 * begin_h + begin_min, "end_minute": 60 * end_h + end_min}
+
+
+def _preconditions(options: dict[str, Any]) -> dict[str, Any]:
+    said = {"consent": options["consent"], "soc_percent_min": options["soc_min"]}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 @click.command()
@@ -262,14 +306,14 @@ def serve(repository: Path, host: str, port: int) -> None:
 @click.option("--reports", type=click.Path(path_type=Path), required=True, help="JSON lines, see below.")
 @click.option("--resume", is_flag=True, help="Go on from the first cohort after a halt.")
 @click.option("--settings", type=click.Path(path_type=Path), help="TOML of rollout settings.")
-@click.option("--key", "keys", type=click.Path(path_type=Path), multiple=True, required=True)
+@key_places_needed
 def rollout(
     repository: Path,
     version: str,
     reports: Path,
     resume: bool,
     settings: Path | None,
-    keys: tuple[Path, ...],
+    keys: tuple[str, ...],
 ) -> None:
     """Widen a release's cohort, or halt it and order it left, by what vehicles report. Exit 1 when halted.
 
@@ -312,8 +356,11 @@ def _outcomes(path: Path) -> list[Any]:
                 raise TboxError(f"more than {OUTCOMES_MAX} lines", where=str(path))
             try:
                 entry = json.loads(line)
-                outcome = reports.outcome(str(entry["vehicle"]), dict(entry["body"]), float(entry["at_s"]))
-            except (ValueError, KeyError, TypeError) as error:
+                at_s = float(entry["at_s"])
+                if not math.isfinite(at_s):
+                    raise ValueError(f"at_s is {at_s}")
+                outcome = reports.outcome(str(entry["vehicle"]), dict(entry["body"]), at_s)
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise TboxError(f"not a report: {error!r}", where=f"{path}:{number}") from None
             if outcome is not None:
                 found.append(outcome)

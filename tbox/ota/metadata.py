@@ -1,19 +1,18 @@
-"""The TUF client workflow as a core: bytes and the time come in, verified metadata stays. No IO, no clock.
+"""TUF metadata, verified: bytes and the time come in, what holds stays (`TrustedSet`). No IO, no clock.
 
-`refresh` and `find_target` are generators that yield the file they want next (`Want`) and are sent its bytes,
-or None when the server has no such file. Signatures are counted by key material, never by key id, so that
-one key cannot count twice. What was seen once is a floor that holds even when every cached file is lost.
+In which order files are asked for is `workflow.py`'s. Signatures are counted by key material, never by key
+id, so that one key cannot count twice. What was seen once is a floor that holds even when every cached file
+is lost.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
-from urllib.parse import quote
 
 import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -30,25 +29,17 @@ from tuf.api.metadata import (
     Root,
     Signed,
     Snapshot,
-    TargetFile,
     Targets,
     Timestamp,
 )
 
 from tbox.errors import Refused
 
-# Sizes as python-tuf's client has them by default: generous for every repository met so far.
-ROOT_BYTES_MAX = 512_000
-TIMESTAMP_BYTES_MAX = 16_384
-SNAPSHOT_BYTES_MAX = 2_000_000
-TARGETS_BYTES_MAX = 5_000_000
+ROOT_BYTES_MAX = 512_000  # as python-tuf's client has it by default
 ROOT_ROTATIONS_MAX = 256  # new roots taken in one refresh
-ROLES_VISITED_MAX = 32  # delegated roles looked at for one target
-DELEGATION_DEPTH_MAX = 8
 ROLES_KEPT_MAX = 64  # target roles kept and given a floor
 KEYS_MAX = 64  # of one role, and signatures of one file
 ROLE_NAME_CHARS_MAX = 80
-TARGET_PATH_CHARS_MAX = 400
 VERSION_MAX = (1 << 53) - 1  # beyond it JSON readers disagree about an integer
 RSA_BITS_MIN, RSA_BITS_MAX = 2048, 4096
 
@@ -74,16 +65,7 @@ class MetadataError(Refused):
     """The metadata does not hold: malformed, not signed by enough keys, replayed, expired, too big."""
 
 
-class Want(NamedTuple):
-    """The next file wanted, as a path below the metadata URL; more than length_max bytes is an error."""
-
-    path: str
-    length_max: int
-
-
 T = TypeVar("T", Root, Timestamp, Snapshot, Targets)
-R = TypeVar("R")
-Steps = Generator[Want, bytes | None, R]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +97,22 @@ def parse(kind: type[T], role: str, raw: bytes) -> Loaded[T]:
     try:
         found: Metadata[Any] = Metadata.from_bytes(raw)
         if type(found.signed) is not kind:
-            raise MetadataError(f"is of type {found.signed.type}", where=_file(role))
+            raise MetadataError(f"is of type {found.signed.type}", where=file_of(role))
         covered = found.signed_bytes
         if len(found.signatures) > KEYS_MAX:
-            raise MetadataError(f"more than {KEYS_MAX} signatures", where=_file(role))
+            raise MetadataError(f"more than {KEYS_MAX} signatures", where=file_of(role))
         _check_version(found.signed.version, role)
         return Loaded(role, raw, found.signed, covered, found.signatures)
     except (RepositoryError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise MetadataError(f"malformed: {type(error).__name__} {error}"[:200], where=_file(role)) from None
+        raise MetadataError(f"malformed: {type(error).__name__} {error}"[:200], where=file_of(role)) from None
 
 
 def _check_version(version: Any, role: str) -> None:
     if type(version) is not int or not 1 <= version <= VERSION_MAX:
-        raise MetadataError(f"version is not a number from 1 to {VERSION_MAX}", where=_file(role))
+        raise MetadataError(f"version is not a number from 1 to {VERSION_MAX}", where=file_of(role))
 
 
-def _file(role: str) -> str:
+def file_of(role: str) -> str:
     return f"{role[:ROLE_NAME_CHARS_MAX]}.json"
 
 
@@ -189,7 +171,7 @@ class Authority(NamedTuple):
         good = self._good(loaded)
         if len(good) < self.threshold:
             raise MetadataError(
-                f"signed by {len(good)} of the {self.threshold} keys it takes", where=_file(loaded.role)
+                f"signed by {len(good)} of the {self.threshold} keys it takes", where=file_of(loaded.role)
             )
         return good
 
@@ -211,7 +193,7 @@ def authority_of(delegator: Root | Targets, role: str) -> Authority:
     elif found is not None and found.roles is not None:
         entry = found.roles.get(role)
     if found is None or entry is None:
-        raise MetadataError("is not delegated to", where=_file(role))
+        raise MetadataError("is not delegated to", where=file_of(role))
     return _authority(found.keys, entry)
 
 
@@ -260,7 +242,7 @@ def _holds(floor: Floor, authority: Authority) -> bool:
 
 def _check_floor(loaded: Loaded[Any], meta: Mapping[str, MetaFile], floor: Floor) -> None:
     """Raise MetadataError when this is older than what was seen, or is it in other words."""
-    where = _file(loaded.role)
+    where = file_of(loaded.role)
     if loaded.version < floor.version:
         raise MetadataError(f"version {loaded.version} is older than {floor.version}", where=where)
     if loaded.version == floor.version and loaded.sha256 != floor.sha256:
@@ -315,10 +297,10 @@ class TrustedSet:
     def update_root(self, raw: bytes) -> None:
         """Take the next root: signed by enough of the old keys and by enough of its own."""
         if len(raw) > ROOT_BYTES_MAX:
-            raise MetadataError("is too big", where=_file(ROOT))
+            raise MetadataError("is too big", where=file_of(ROOT))
         new = parse(Root, ROOT, raw)
         if new.version != self.root.version + 1:
-            raise MetadataError(f"version {new.version} follows {self.root.version}", where=_file(ROOT))
+            raise MetadataError(f"version {new.version} follows {self.root.version}", where=file_of(ROOT))
         authority_of(self.root.signed, ROOT).signers(new)
         self.root, self._root_signers = _self_signed(raw)
         self.roots.append(raw)
@@ -329,10 +311,12 @@ class TrustedSet:
         floor = self.floors.root
         if floor is not None and self.root.version < floor.version:
             raise MetadataError(
-                f"version {self.root.version} is older than {floor.version}", where=_file(ROOT)
+                f"version {self.root.version} is older than {floor.version}", where=file_of(ROOT)
             )
         if floor is not None and self.root.version == floor.version and self.root.sha256 != floor.sha256:
-            raise MetadataError(f"version {self.root.version} was seen with other content", where=_file(ROOT))
+            raise MetadataError(
+                f"version {self.root.version} was seen with other content", where=file_of(ROOT)
+            )
         reached = _floor_of(self.root, self._root_signers, {})
         self.floors = msgspec.structs.replace(self.floors, root=reached)
         _check_expiry(self.root, now)
@@ -398,7 +382,7 @@ class TrustedSet:
         assert self.timestamp is not None
         meta = self.timestamp.signed.snapshot_meta
         if not matches(raw, meta.length, meta.hashes):
-            raise MetadataError("is not the file that timestamp.json tells of", where=_file(SNAPSHOT))
+            raise MetadataError("is not the file that timestamp.json tells of", where=file_of(SNAPSHOT))
         new = parse(Snapshot, SNAPSHOT, raw)
         signers = self._verify(new, authority_of(self.root.signed, SNAPSHOT))
         if self.snapshot is not None:
@@ -406,7 +390,8 @@ class TrustedSet:
             _check_floor(new, new.signed.meta, _floor_of(self.snapshot, frozenset(), versions))
         if new.version != meta.version:
             raise MetadataError(
-                f"version {new.version}, and timestamp.json tells of {meta.version}", where=_file(SNAPSHOT)
+                f"version {new.version}, and timestamp.json tells of {meta.version}",
+                where=file_of(SNAPSHOT),
             )
         _check_expiry(new, now)
         self.snapshot = new
@@ -424,19 +409,19 @@ class TrustedSet:
         assert self.snapshot is not None
         meta = self.snapshot.signed.meta.get(f"{role}.json")
         if meta is None:
-            raise MetadataError("snapshot.json does not tell of it", where=_file(role))
+            raise MetadataError("snapshot.json does not tell of it", where=file_of(role))
         return meta
 
     def update_targets(self, raw: bytes, role: str, delegator: str, now: datetime) -> None:
         """Take a target role that `delegator` (a target role trusted already, or root) delegates to."""
         meta = self.targets_meta(role)
         if not matches(raw, meta.length, meta.hashes):
-            raise MetadataError("is not the file that snapshot.json tells of", where=_file(role))
+            raise MetadataError("is not the file that snapshot.json tells of", where=file_of(role))
         new = parse(Targets, role, raw)
         signers = self._verify(new, self._targets_authority(role, delegator))
         if new.version != meta.version:
             raise MetadataError(
-                f"version {new.version}, and snapshot.json tells of {meta.version}", where=_file(role)
+                f"version {new.version}, and snapshot.json tells of {meta.version}", where=file_of(role)
             )
         _check_expiry(new, now)
         self.targets[delegator, role] = new
@@ -482,134 +467,6 @@ def _check_expiry(loaded: Loaded[Any], now: datetime) -> None:
     if loaded.signed.is_expired(now):
         raise MetadataError(
             f"version {loaded.version} expired on {loaded.signed.expires:%Y-%m-%d %H:%M} UTC",
-            where=_file(loaded.role),
+            where=file_of(loaded.role),
             mend="publish it anew, or set the clock",
         )
-
-
-# --- the workflow --------------------------------------------------------------------------------------
-
-
-def refresh(trusted: TrustedSet, now: datetime) -> Steps[None]:
-    """Bring the top-level roles up to date, in the order of the specification (TUF 5.3 to 5.6)."""
-    yield from _refresh_root(trusted)
-    trusted.check_root(now)
-    trusted.load_cached()
-    trusted.update_timestamp((yield from _need("timestamp.json", TIMESTAMP_BYTES_MAX)), now)
-    yield from _refresh_snapshot(trusted, now)
-    yield from load_role(trusted, TARGETS, ROOT, now)
-
-
-def _need(path: str, length_max: int) -> Steps[bytes]:
-    raw = yield Want(path, length_max)
-    if raw is None:
-        raise MetadataError("the repository does not have it", where=path)
-    return raw
-
-
-def _refresh_root(trusted: TrustedSet) -> Steps[None]:
-    for _ in range(ROOT_ROTATIONS_MAX):
-        raw = yield Want(f"{trusted.root.version + 1}.root.json", ROOT_BYTES_MAX)
-        if raw is None:
-            return
-        trusted.update_root(raw)
-
-
-def _refresh_snapshot(trusted: TrustedSet, now: datetime) -> Steps[None]:
-    if trusted.snapshot_is_final(now):
-        return
-    assert trusted.timestamp is not None
-    meta = trusted.timestamp.signed.snapshot_meta
-    path = _versioned(trusted, SNAPSHOT, meta.version)
-    raw = yield from _need(path, _length_max(meta, SNAPSHOT_BYTES_MAX))
-    trusted.update_snapshot(raw, now)
-
-
-def _versioned(trusted: TrustedSet, role: str, version: int) -> str:
-    name = f"{quote(role, safe='')}.json"
-    return f"{version}.{name}" if trusted.root.signed.consistent_snapshot else name
-
-
-def _length_max(meta: MetaFile, limit: int) -> int:
-    return min(meta.length, limit) if meta.length is not None else limit
-
-
-def load_role(trusted: TrustedSet, role: str, delegator: str, now: datetime) -> Steps[Targets]:
-    """Return a target role: as taken before, or from the cache if the snapshot names that, or as served."""
-    if (delegator, role) in trusted.targets:
-        return trusted.targets[delegator, role].signed
-    if len(role) > ROLE_NAME_CHARS_MAX:
-        raise MetadataError("role name is too long", where=_file(role))
-    if role in trusted.kept:
-        try:
-            trusted.update_targets(trusted.kept[role], role, delegator, now)
-            return trusted.targets[delegator, role].signed
-        except MetadataError:
-            pass  # outdated, expired or of other keys; what is served must hold
-    meta = trusted.targets_meta(role)
-    path = _versioned(trusted, role, meta.version)
-    raw = yield from _need(path, _length_max(meta, TARGETS_BYTES_MAX))
-    trusted.update_targets(raw, role, delegator, now)
-    return trusted.targets[delegator, role].signed
-
-
-class Found(NamedTuple):
-    """A target and the chain of roles that vouches for it, from "targets" down."""
-
-    file: TargetFile
-    roles: tuple[str, ...]
-
-
-def find_target(trusted: TrustedSet, path: str, now: datetime) -> Steps[Found | None]:
-    """Look a target up: pre-order, in the order of the delegations, a terminating one ends the search.
-
-    Raises MetadataError when a role on the way does not hold, or the search exceeds its limits.
-    """
-    if len(path) > TARGET_PATH_CHARS_MAX:
-        raise MetadataError(f"target path is longer than {TARGET_PATH_CHARS_MAX}", where=path[:80])
-    stack: list[tuple[str, ...]] = [(TARGETS,)]
-    visited: set[str] = set()
-    while stack:
-        chain = stack.pop()
-        role = chain[-1]
-        if role in visited:
-            continue
-        if len(visited) > ROLES_VISITED_MAX or len(chain) > DELEGATION_DEPTH_MAX:
-            raise MetadataError("too many delegations", where=path)
-        visited.add(role)
-        targets = yield from load_role(trusted, role, chain[-2] if len(chain) > 1 else ROOT, now)
-        if path in targets.targets:
-            return Found(targets.targets[path], chain)
-        children = []
-        for child, terminating in _delegations(targets, path):
-            children.append((*chain, child))
-            if terminating:
-                stack = []
-                break
-        stack.extend(reversed(children))
-    return None
-
-
-def _delegations(targets: Targets, path: str) -> Iterator[tuple[str, bool]]:
-    """Yield (role, terminating) of those a path is delegated to."""
-    if targets.delegations is not None:
-        yield from targets.delegations.get_roles_for_target(path)
-
-
-# Returns the file at a path below the metadata URL, of at most so many bytes; None when there is none.
-Fetch = Callable[[str, int], bytes | None]
-
-
-def drive(steps: Steps[R], fetch: Fetch) -> R:
-    """Run a workflow to its end with files from `fetch`. Raises what either raises."""
-    answer: bytes | None = None
-    try:
-        want = next(steps)
-        while True:
-            answer = fetch(want.path, want.length_max)
-            if answer is not None and len(answer) > want.length_max:
-                raise MetadataError(f"more than {want.length_max} bytes", where=want.path)
-            want = steps.send(answer)
-    except StopIteration as end:
-        result: R = end.value
-        return result

@@ -12,21 +12,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import zstandard
-from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
-from cryptography.hazmat.primitives.serialization import (
-    BestAvailableEncryption,
-    Encoding,
-    KeySerializationEncryption,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-)
 from msgspec.structs import replace
-from securesystemslib.signer import CryptoSigner, Key, SSlibKey
+from securesystemslib.signer import Key
 from tuf.api.metadata import (
     DelegatedRole,
     Delegations,
@@ -41,7 +32,8 @@ from tuf.api.metadata import (
 
 from tbox.errors import Refused, TboxError
 from tbox.ota import metadata as core
-from tbox.ota import releases
+from tbox.ota import releases, workflow
+from tbox.ota.keys import Signer
 from tbox.ota.metadata import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TrustedSet, authority_of
 from tbox.ota.model import Delta, Full, VerifiedTarget
 from tbox.ota.releases import ROLLOUT_ROLE, Notice
@@ -53,69 +45,8 @@ DELTA_BASES = 3  # releases back that get a delta
 DELTA_WORTH = 0.9  # a delta that is not at least this much smaller than the full image is left out
 ZSTD_LEVEL = 19
 ZSTD_WINDOW_LOG = 23  # 8 MiB, what the device grants (device.ZSTD_WINDOW_BYTES_MAX)
-RSA_BITS = 2048
 
-KeyKind = Literal["ed25519", "rsa"]
 AnySigned = Root | Timestamp | Snapshot | Targets
-
-
-# --- keys ----------------------------------------------------------------------------------------------
-
-
-def make_key(path: Path, kind: KeyKind = "ed25519", password: bytes | None = None) -> SSlibKey:
-    """Write a new private key to `path` (mode 600) and its public part beside it as .pub; return that.
-
-    Raises TboxError when a key stands there already, OSError.
-    """
-    private = (
-        ed25519.Ed25519PrivateKey.generate()
-        if kind == "ed25519"
-        else rsa.generate_private_key(public_exponent=65537, key_size=RSA_BITS)
-    )
-    protection: KeySerializationEncryption = BestAvailableEncryption(password) if password else NoEncryption()
-    pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, protection)
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        raise TboxError("a key stands there already", where=str(path), mend="choose another name") from None
-    with os.fdopen(fd, "wb") as file:
-        file.write(pem)
-    public = CryptoSigner(private).public_key
-    public_path(path).write_bytes(msgspec.json.format(msgspec.json.encode(_named(public))) + b"\n")
-    return public
-
-
-def public_path(private: Path) -> Path:
-    return private.with_suffix(".pub")
-
-
-def _named(key: Key) -> dict[str, Any]:
-    named: dict[str, Any] = {"keyid": key.keyid} | key.to_dict()
-    return named
-
-
-def read_public(path: Path) -> Key:
-    """Return a public key as `make_key` wrote it. Raises TboxError."""
-    try:
-        fields = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        return Key.from_dict(fields.pop("keyid"), fields)
-    except OSError as error:
-        raise TboxError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except (msgspec.DecodeError, ValueError, KeyError, TypeError) as error:
-        raise TboxError(f"not a public key: {error}", where=str(path), mend="give the .pub file") from None
-
-
-def read_signer(path: Path, password: bytes | None = None) -> CryptoSigner:
-    """Return the signer of a private key file. Raises TboxError."""
-    try:
-        private = load_pem_private_key(path.read_bytes(), password)
-    except OSError as error:
-        raise TboxError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    except (ValueError, TypeError) as error:
-        raise TboxError(f"not a private key that opens: {error}", where=str(path)) from None
-    if not isinstance(private, ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey):
-        raise TboxError("neither an Ed25519 nor an RSA key", where=str(path))
-    return CryptoSigner(private)
 
 
 # --- signing -------------------------------------------------------------------------------------------
@@ -142,7 +73,7 @@ def _load(path: Path) -> Metadata[Any]:
         raise TboxError(f"not metadata: {error}", where=str(path)) from None
 
 
-def sign(path: Path, signers: Iterable[CryptoSigner]) -> None:
+def sign(path: Path, signers: Iterable[Signer]) -> None:
     """Add signatures to a staged file; one by the same key replaces the one before. Raises TboxError."""
     staged = _load(path)
     for signer in signers:
@@ -285,6 +216,15 @@ class Publisher:
                 paths.append(self._rotate_rollout(change))
         return paths
 
+    def renew(self, role: str) -> Path:
+        """Stage what a role says now under a new date, without signatures. Raises TboxError."""
+        current = self._current(role)
+        if current is None:
+            raise TboxError(
+                f"no {role} yet", where=str(self.directory), mend="make it with `tbox ota rotate`"
+            )
+        return self._stage(role, current.signed)
+
     def _rotate_rollout(self, change: KeyChange) -> Path:
         targets = self._targets()
         if targets.delegations is None:
@@ -329,7 +269,7 @@ class Publisher:
         listed = self.releases()
         self._check_counter(draft, listed, delist)
         (self.images / f"{hashlib.sha256(data).hexdigest()}.img").write_bytes(data)
-        full = self._put_target(targets, draft.full.name, _compress(data))
+        full = self._put_target(targets, draft.full.name, compress(data))
         release = replace(
             draft,
             name=draft.full.name,
@@ -377,7 +317,7 @@ class Publisher:
             path = self.images / f"{base.sha256}.img"
             if base.sha256 == release.sha256 or not path.exists():
                 continue
-            patch = _diff(path.read_bytes(), data)
+            patch = diff(path.read_bytes(), data)
             if len(patch) > DELTA_WORTH * release.full.length:
                 continue
             name = f"{release.name}.from-{base.sha256[:16]}.bsdiff"
@@ -437,7 +377,7 @@ class Publisher:
             for whose, authority in needs.items()
         ]  # fmt: skip
 
-    def publish(self, signers: Sequence[CryptoSigner]) -> dict[str, int]:
+    def publish(self, signers: Sequence[Signer]) -> dict[str, int]:
         """Make what is staged public, with a new snapshot and timestamp; return the new versions.
 
         signers: the online keys. Raises Refused when a staged file lacks signatures, or a device would refuse
@@ -470,7 +410,7 @@ class Publisher:
                     mend="have the others sign it with `tbox ota sign`",
                 )
 
-    def _name_and_sign(self, fresh: dict[str, bytes], signers: Sequence[CryptoSigner]) -> None:
+    def _name_and_sign(self, fresh: dict[str, bytes], signers: Sequence[Signer]) -> None:
         """Add a snapshot that names what is fresh, and a timestamp that names the snapshot."""
         published = self._published(SNAPSHOT)
         snapshot = published.signed if published else Snapshot()
@@ -486,7 +426,7 @@ class Publisher:
         timestamp.snapshot_meta = MetaFile.from_data(snapshot.version, fresh[SNAPSHOT], ["sha256"])
         fresh[TIMESTAMP] = self._sign_online(TIMESTAMP, timestamp, signers)
 
-    def _sign_online(self, role: str, signed: Any, signers: Sequence[CryptoSigner]) -> bytes:
+    def _sign_online(self, role: str, signed: Any, signers: Sequence[Signer]) -> bytes:
         published = self._published(role)
         signed.version = published.signed.version + 1 if published else 1
         signed.expires = self._now + timedelta(days=DAYS_VALID[role])
@@ -508,10 +448,10 @@ class Publisher:
             return files.get(path) or (place.read_bytes() if place.exists() else None)
 
         trusted = TrustedSet(roots[0])
-        core.drive(core.refresh(trusted, self._now), fetch)
+        workflow.drive(workflow.refresh(trusted, self._now), fetch)
         hardware = {name for release in self.releases() for name in release.hardware_ids}
         for hardware_id in sorted(hardware):
-            core.drive(releases.offer(trusted, self._now, hardware_id, lambda release: True), fetch)
+            workflow.drive(releases.offer(trusted, self._now, hardware_id, lambda release: True), fetch)
 
 
 def _change_keys(root: Root, change: KeyChange) -> None:
@@ -529,7 +469,7 @@ def _change_keys(root: Root, change: KeyChange) -> None:
         )
 
 
-def _holding(signers: Sequence[CryptoSigner], authority: core.Authority) -> list[CryptoSigner]:
+def _holding(signers: Sequence[Signer], authority: core.Authority) -> list[Signer]:
     """Return those of the signers whose key counts there."""
     return [signer for signer in signers if core.fingerprint(signer.public_key) in authority.prints()]
 
@@ -539,12 +479,14 @@ def _delist(targets: Targets, release: VerifiedTarget) -> None:
         targets.targets.pop(name, None)
 
 
-def _compress(data: bytes) -> bytes:
+def compress(data: bytes) -> bytes:
+    """Return a full image as devices download it."""
     parameters = zstandard.ZstdCompressionParameters.from_level(ZSTD_LEVEL, window_log=ZSTD_WINDOW_LOG)
     return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
 
 
-def _diff(base: bytes, data: bytes) -> bytes:
+def diff(base: bytes, data: bytes) -> bytes:
+    """Return the BSDIFF40 patch from one image to another. Raises TboxError."""
     try:
         import bsdiff4
     except ImportError:

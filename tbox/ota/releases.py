@@ -18,18 +18,13 @@ from tuf.api.metadata import Root, TargetFile, Targets
 
 from tbox.errors import Refused
 from tbox.ota.metadata import (
-    DELEGATION_DEPTH_MAX,
-    ROLES_VISITED_MAX,
     ROOT,
     ROOT_ROTATIONS_MAX,
     TARGETS,
     Loaded,
     MetadataError,
-    Steps,
     TrustedSet,
     authority_of,
-    find_target,
-    load_role,
     parse,
 )
 from tbox.ota.model import (
@@ -40,6 +35,7 @@ from tbox.ota.model import (
     Sha256,
     VerifiedTarget,
 )
+from tbox.ota.workflow import DELEGATION_DEPTH_MAX, ROLES_VISITED_MAX, Steps, find_target, load_role
 
 CUSTOM = "tbox"  # the part of custom, and of a role's own fields, that is ours
 ROLLOUT_ROLE = "rollout"

@@ -173,16 +173,21 @@ class Reports:
 
         A device back on its old image no longer knows the one it left; the last switch it told of does.
         """
-        event = body.get("event")
-        target, running = body.get("target") or {}, body.get("running") or {}
+        event = str(body.get("event"))
+        running = _sha256_in(body.get("running"))
         if event == "switch":
-            self._switched_to[vehicle] = str(target.get("sha256", ""))
+            self._switched_to[vehicle] = _sha256_in(body.get("target"))
             return Outcome(vehicle, self._switched_to[vehicle], Kind.TRIED, at_s)
         if event in _TRIED or event in _GOOD or event == "failed":
-            sha256 = str(running.get("sha256", ""))
+            sha256 = running
         elif event == "rolled-back":
             sha256 = self._switched_to.get(vehicle, "")
         else:
             return None
         kind = Kind.GOOD if event in _GOOD else Kind.FAILED if event in _FAILED else Kind.TRIED
         return Outcome(vehicle, sha256, kind, at_s) if sha256 else None
+
+
+def _sha256_in(image: object) -> str:
+    """Return the digest an image is named by; "" for whatever else a vehicle wrote there."""
+    return str(image.get("sha256", "")) if isinstance(image, dict) else ""

@@ -70,8 +70,8 @@ class Handler(BaseHTTPRequestHandler):
         match = _RANGE.match(self.headers.get("Range", ""))
         if match is None or self.headers.get("If-Range", etag) != etag:
             return 0, size
-        end = int(match[2]) + 1 if match[2] else size
-        return int(match[1]), min(end, size)
+        begin, end = int(match[1]), min(int(match[2]) + 1, size) if match[2] else size
+        return (begin, end) if begin < end or begin >= size else (0, size)
 
     def _send(self, path: Path, begin: int, end: int) -> None:
         with path.open("rb") as file, contextlib.suppress(ConnectionError):

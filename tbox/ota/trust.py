@@ -1,7 +1,8 @@
 """The update client's trust: refreshes and keeps TUF metadata, finds targets, answers to the boot loader.
 
-The decisions are `metadata.py`'s; this is the shell around them, over any source of files and any storage.
-`python -m tbox.ota.trust` lets a stock TUF client-conformance suite drive exactly this.
+The decisions are those of `metadata.py` and `workflow.py`; this is the shell around them, over any source of
+files and any storage. `python -m tbox.ota.trust` lets a stock TUF client-conformance suite drive exactly
+this.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from tbox.clock import WALL_CEILING_NS, WALL_FLOOR_NS
 from tbox.durable import OsStorage, Storage
 from tbox.errors import Refused, TboxError
 from tbox.model import NS_PER_S, Now
-from tbox.ota import metadata, releases
+from tbox.ota import metadata, releases, workflow
 from tbox.ota.fetch import Http
-from tbox.ota.metadata import HASHES, Fetch, Found, Steps, TrustedSet, drive
+from tbox.ota.metadata import HASHES, TrustedSet
 from tbox.ota.model import VerifiedTarget
 from tbox.ota.truststore import TrustStore
+from tbox.ota.workflow import Fetch, Found, Steps, drive
 
 R = TypeVar("R")
 
@@ -69,7 +71,7 @@ class TrustClient:
     def refresh(self, now: datetime) -> None:
         """Bring the top-level metadata up to date. Raises MetadataError, TboxError, OSError."""
         self.trusted = self._load()
-        self.run(metadata.refresh(self.trusted, now))
+        self.run(workflow.refresh(self.trusted, now))
 
     def run(self, steps: Steps[R]) -> R:
         """Run a workflow over what `refresh` brought, and keep what it verifies. Raises as that does."""
@@ -78,7 +80,7 @@ class TrustClient:
 
     def find(self, path: str, now: datetime) -> Found | None:
         """Look up a target after `refresh`. Raises as that does."""
-        return self.run(metadata.find_target(self.trusted, path, now))
+        return self.run(workflow.find_target(self.trusted, path, now))
 
 
 def target_url_path(path: str, digest: str, *, consistent: bool) -> str:

@@ -14,7 +14,7 @@ import bsdiff4
 import numpy as np
 
 from tbox.durable import OsStorage
-from tbox.ota import image
+from tbox.ota import image, publish
 from tbox.ota.bootctl import BootCtl
 from tbox.ota.supervisor import RESTART_EXIT, BootSettings
 from tests.bench.harness import Result, interleaved
@@ -43,12 +43,72 @@ THEIRS = RUN.format(
 )
 
 
+DELTA_SHARE_MAX, DELTA_SHARE_TYPICAL = 1 / 4, 1 / 8  # of the full image, compressed
+
+# An app image of the size of ours, from the registry, and its neighbours: the same with another release of
+# a pure-Python package, which stands for our own code; of a compiled one; of all that weighs, a feature on.
+APP = {
+    "cantools": "40.2.1",
+    "numpy": "2.2.5",
+    "cryptography": "44.0.2",
+    "msgspec": "0.19.0",
+    "zstandard": "0.23.0",
+    "paho-mqtt": "2.1.0",
+}
+NEIGHBOURS = {
+    "own code released": {"cantools": "40.2.2"},
+    "numpy upgraded": {"numpy": "2.2.6"},
+    "cryptography upgraded": {"cryptography": "44.0.3"},
+    "feature releases of all": {"numpy": "2.3.0", "cryptography": "45.0.2", "cantools": "40.3.0"},
+}
+
+
 def cases() -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as directory:
         top = Path(directory)
+        yield from delta_cases(top)
         yield from apply_cases("package tree", *tree_pair(top))
         yield from apply_cases("256 MiB", *big_pair(top, 256 << 20), runs=1)
     yield from leaving_cases()
+
+
+# --- the size of a delta ----------------------------------------------------------------------------------
+
+
+def delta_cases(top: Path) -> Iterator[Result]:
+    """Real package trees from the registry, as the publisher packs them; a line on stderr without one."""
+    base = app_image(top / "base", APP)
+    if base is None:
+        print("ota: no registry that has these packages: the size of deltas is not measured", file=sys.stderr)
+        return
+    for case, change in NEIGHBOURS.items():
+        data = app_image(top / case.replace(" ", "-"), APP | change)
+        if data is None:
+            print(f"ota: the registry lacks {change}: not measured", file=sys.stderr)
+            continue
+        full, patch = len(publish.compress(data)), len(publish.diff(base, data))
+        yield Result(
+            bench="ota",
+            case=f"delta, {case}",
+            value=patch / 1024,
+            unit="KiB",
+            peer="full image, zstd",
+            peer_value=full / 1024,
+            ratio=full / patch,
+            goal=f"<= 1/{1 / DELTA_SHARE_MAX:.0f}, typical 1/{1 / DELTA_SHARE_TYPICAL:.0f}",
+            ok=patch <= DELTA_SHARE_MAX * full,
+            note=f"{len(data) / (1 << 20):.0f} MiB image",
+        )
+
+
+def app_image(tree: Path, packages: dict[str, str]) -> bytes | None:
+    """Install packages into a directory of their own and pack it; None when the registry lacks one."""
+    wanted = [f"{name}=={version}" for name, version in packages.items()]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--no-deps"]
+    if subprocess.run([*pip, "--target", str(tree), *wanted], capture_output=True, check=False).returncode:
+        return None
+    header = image.ImageHeader(name="bench", version="1", entry="numpy:test")
+    return b"".join(image.build(tree, header))
 
 
 # --- applying a delta ------------------------------------------------------------------------------------

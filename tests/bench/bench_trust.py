@@ -16,11 +16,13 @@ from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import EnvelopeType
 
 from tbox.durable import OsStorage
-from tbox.ota import metadata, publish, releases
-from tbox.ota.metadata import TrustedSet, drive
+from tbox.ota import metadata, publish, releases, workflow
+from tbox.ota.keys import make_key, read_signer
+from tbox.ota.metadata import TrustedSet
 from tbox.ota.model import VerifiedTarget
-from tbox.ota.publish import KeyChange, Publisher, make_key, read_signer
+from tbox.ota.publish import KeyChange, Publisher
 from tbox.ota.trust import TrustClient, verify_slot_manifest
+from tbox.ota.workflow import drive
 from tests.bench.harness import Result, interleaved, seconds
 
 RELEASES = 20
@@ -90,7 +92,7 @@ def _cases(top: Path, publisher: Publisher) -> Iterator[Result]:
 
     def ours() -> TrustedSet:
         trusted = TrustedSet(root)
-        drive(metadata.refresh(trusted, now), fetch)
+        drive(workflow.refresh(trusted, now), fetch)
         return trusted
 
     def peer() -> None:

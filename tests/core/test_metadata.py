@@ -16,21 +16,18 @@ from hypothesis import strategies as st
 from securesystemslib.signer import CryptoSigner, SSlibKey
 from tuf.api.metadata import DelegatedRole, Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 
-from tbox.ota import metadata
+from tbox.ota import metadata, workflow
 from tbox.ota.metadata import (
-    ROLES_VISITED_MAX,
     VERSION_MAX,
     Authority,
     Floors,
     MetadataError,
     TrustedSet,
-    drive,
-    find_target,
     fingerprint,
     matches,
     parse,
-    refresh,
 )
+from tbox.ota.workflow import ROLES_VISITED_MAX, drive, find_target, refresh
 from tests.tuf_repository import START, Repository
 
 
@@ -63,7 +60,7 @@ class Device:
     def lose_cache(self) -> None:
         self.cached, self.cached_roots = {}, ()
 
-    def find(self, path: str) -> metadata.Found | None:
+    def find(self, path: str) -> workflow.Found | None:
         trusted = self.refresh()
         found = drive(find_target(trusted, path, self.now), self.repository.fetch)
         self.keep(trusted)
@@ -367,7 +364,7 @@ def test_an_oversized_file_is_refused_before_it_is_parsed(
 ) -> None:
     repository.publish("root")
     limit = len(repository.served[role][-1]) - 1
-    monkeypatch.setattr(metadata, f"{role.upper()}_BYTES_MAX", limit)
+    monkeypatch.setattr(workflow, f"{role.upper()}_BYTES_MAX", limit)
     with pytest.raises(MetadataError, match=f"more than {limit} bytes"):
         device.refresh()
 
@@ -385,7 +382,7 @@ def test_a_length_in_the_snapshot_above_the_limit_does_not_lift_it(
 
     with pytest.raises(MetadataError):
         drive(refresh(device.trusted(), START), fetch)
-    assert max(wanted) == metadata.TARGETS_BYTES_MAX
+    assert max(wanted) == workflow.TARGETS_BYTES_MAX
 
 
 @pytest.mark.parametrize("days", [-20_000, 40, 27_000])
@@ -498,7 +495,7 @@ def deepcopy_served(repository: Repository) -> Repository:
 
 def test_delegations_too_many_or_too_deep_are_refused(repository: Repository, device: Device) -> None:
     above = "targets"
-    for depth in range(metadata.DELEGATION_DEPTH_MAX):
+    for depth in range(workflow.DELEGATION_DEPTH_MAX):
         repository.delegate(above, DelegatedRole(f"d{depth}", [], 1, False, ["*"]))
         above = f"d{depth}"
     repository.publish_all()

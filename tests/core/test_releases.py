@@ -12,9 +12,10 @@ from tuf.api.metadata import DelegatedRole, TargetFile
 
 from tbox.errors import Refused
 from tbox.ota import releases
-from tbox.ota.metadata import MetadataError, TrustedSet, drive, refresh
+from tbox.ota.metadata import MetadataError, TrustedSet
 from tbox.ota.model import MANIFEST_BYTES_MAX, Offer, VerifiedTarget
 from tbox.ota.releases import Manifest, custom_of, offer, release_of, verify_manifest
+from tbox.ota.workflow import drive, refresh
 from tests.tuf_repository import START, Repository
 
 SHA = "c" * 64

@@ -156,3 +156,25 @@ def test_a_vehicle_back_on_its_old_image_has_failed_the_one_it_last_switched_to(
     found = reports.outcome("v", {"event": "rolled-back", "running": {"sha256": OTHER}}, 2.0)
     assert found == Outcome("v", IMAGE, Kind.FAILED, 2.0)
     assert reports.outcome("w", {"event": "rolled-back"}, 3.0) is None
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    body=st.fixed_dictionaries(
+        {},
+        optional={
+            "event": ANY_JSON | st.sampled_from(["switch", "trial", "good", "failed", "rolled-back"]),
+            "target": ANY_JSON | st.fixed_dictionaries({"sha256": ANY_JSON}),
+            "running": ANY_JSON | st.fixed_dictionaries({"sha256": ANY_JSON}),
+        },
+    )
+)
+def test_whatever_a_vehicle_writes_is_an_outcome_or_none(body: dict[str, Any]) -> None:
+    found = Reports().outcome("v", body, 1.0)
+    assert found is None or (found.vehicle == "v" and isinstance(found.sha256, str))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click import UsageError
 from click.testing import CliRunner
 
 from tbox.cli.ota import ota
@@ -111,6 +112,41 @@ def test_a_key_is_revoked_by_id(publisher: Publisher) -> None:
     assert "published root version 2" in publisher.goes_public()
     with pytest.raises(Refused, match="2 keys cannot reach a threshold of 3"):
         publisher.types("rotate", publisher.repository, "--threshold", "3")
+
+
+@pytest.mark.parametrize("at_s", ["NaN", "Infinity", "1e999", '"soon"'])
+def test_a_report_of_no_time_is_named_by_its_line(publisher: Publisher, tmp_path: Path, at_s: str) -> None:
+    publisher.stages(b"image", "1", 1)
+    path = tmp_path / "reports.jsonl"
+    path.write_text(f'{{"vehicle": "v", "at_s": {at_s}, "body": {{"event": "good"}}}}\n')
+    words = ["rollout", publisher.repository, "--version", "1", "--key", publisher.key("online")]
+    with pytest.raises(TboxError, match=r"reports\.jsonl:1: not a report"):
+        publisher.types(*words, "--reports", str(path))
+
+
+def test_what_would_expire_is_renewed_by_its_signers(publisher: Publisher) -> None:
+    said = publisher.types("rotate", publisher.repository, "--renew", "root", "--renew", "targets")
+    assert "root: 0 of the 2 keys of the root before" in said
+    for role in ROLES:
+        publisher.signs(role, f"{role}-1", f"{role}-2")
+    said = publisher.goes_public()
+    assert "published root version 2" in said
+    assert "published targets version 2" in said
+
+
+def test_a_release_carries_its_window_and_its_preconditions(publisher: Publisher) -> None:
+    words = ["--window", "23:30-05:00", "--soc-min", "40", "--consent", "--key", publisher.key("targets-1")]
+    publisher.stages(b"image", "1", 1, *words)
+    staged = json.loads((Path(publisher.repository) / "staged" / "targets.json").read_bytes())
+    custom = staged["signed"]["targets"]["os/1.img.zst"]["custom"]["tbox"]
+    assert custom["window"] == {"begin_minute": 23 * 60 + 30, "end_minute": 5 * 60}
+    assert custom["preconditions"] | {"consent": True, "soc_percent_min": 40} == custom["preconditions"]
+
+
+@pytest.mark.parametrize("window", ["22-06", "22:00", "24:00-06:00", "22:00-06:60:00"])
+def test_a_window_that_is_no_span_of_the_day_is_refused(publisher: Publisher, window: str) -> None:
+    with pytest.raises((UsageError, TboxError), match=r"window|out of bounds"):
+        publisher.stages(b"image", "1", 1, "--window", window)
 
 
 def reports(directory: Path, sha256: str, failed: int, of: int) -> str:

@@ -18,8 +18,9 @@ from tbox.errors import Refused, TboxError
 from tbox.model import NS_PER_S, Now, TimeQuality
 from tbox.ota import patch, publish, releases
 from tbox.ota.fetch import Http
+from tbox.ota.keys import make_key, public_path, read_public, read_signer
 from tbox.ota.model import Delta, Emergency, Full, Offer, RollbackOrder, VerifiedTarget
-from tbox.ota.publish import KeyChange, Publisher, make_key, read_public, read_signer
+from tbox.ota.publish import KeyChange, Publisher
 from tbox.ota.releases import Notice
 from tbox.ota.serve import running
 from tbox.ota.source import SourceSettings, UpdateSource
@@ -174,7 +175,7 @@ def test_an_emergency_takes_what_is_above_it_off_the_list(factory: Factory) -> N
 def test_a_key_that_was_rotated_out_signs_no_more(factory: Factory) -> None:
     publisher = factory.publisher
     assert check(factory).target is None
-    old = read_public(publish.public_path(factory.key("targets-1"))).keyid
+    old = read_public(public_path(factory.key("targets-1"))).keyid
     new = make_key(factory.key("targets-6"))
     (root,) = publisher.rotate([KeyChange("targets", [new], [old])])
     factory.sign(root, "root-1", "root-3", "root-5")
@@ -191,7 +192,7 @@ def test_a_key_that_was_rotated_out_signs_no_more(factory: Factory) -> None:
 
 def test_a_new_root_takes_both_thresholds(factory: Factory) -> None:
     publisher = factory.publisher
-    olds = [read_public(publish.public_path(factory.key(f"root-{n}"))).keyid for n in range(1, 6)]
+    olds = [read_public(public_path(factory.key(f"root-{n}"))).keyid for n in range(1, 6)]
     news = [make_key(factory.key(f"new-root-{n}")) for n in range(1, 6)]
     (root,) = publisher.rotate([KeyChange("root", news, olds)])
     factory.sign(root, "root-1", "root-2", "root-3")
@@ -210,7 +211,7 @@ def test_a_new_root_takes_both_thresholds(factory: Factory) -> None:
 
 
 def test_keys_that_cannot_reach_the_threshold_are_refused(factory: Factory) -> None:
-    olds = [read_public(publish.public_path(factory.key(f"root-{n}"))).keyid for n in range(1, 4)]
+    olds = [read_public(public_path(factory.key(f"root-{n}"))).keyid for n in range(1, 4)]
     with pytest.raises(Refused, match="2 keys cannot reach a threshold of 3"):
         factory.publisher.rotate([KeyChange("root", [], olds)])
 

@@ -1,7 +1,6 @@
 """The cases of the stock TUF client-conformance suite, driven as it does: commands, HTTP, files.
 
-The suite itself is not among the packages at hand; what it holds a client to is written down here anew,
-against a repository simulator on python-tuf's own classes.
+What that suite holds a client to is written down here anew, against a repository of our own.
 """
 
 from __future__ import annotations
