@@ -183,7 +183,7 @@ def test_an_unhealthy_image_is_left_by_a_plain_reboot_whose_default_is_the_old_o
 def test_an_agent_that_crashes_on_trial_uses_its_tries_up_one_boot_each(pi: Pi) -> None:
     ports = installed(pi)
     boots = 0
-    while ports.restarts:
+    while ports.restarts and boots <= TRIES:
         pi.obey(ports.restarts.pop())
         if pi.backend.running() == "b":
             boots += 1
