@@ -174,7 +174,7 @@ class Agent:
 
     def _open_updates(self) -> Updates | None:
         """Return what keeps this agent up to date, None where no boot loader started it."""
-        if not os.environ.get("TBOX_SLOT"):
+        if self.config.ota.rpi_tryboot is None and not os.environ.get("TBOX_SLOT"):
             return None
         # Metadata and HTTP libraries take memory that an agent without slots need not spend.
         from tbox.update import Around, open_updates

@@ -18,6 +18,7 @@ from tbox.edge.stage import EdgeSettings
 from tbox.model import CAN_EFF_FLAG, CAN_EFF_MASK, CAN_SFF_MASK
 from tbox.ota.fetch import FetchSettings
 from tbox.ota.policy import Bearer, OtaSettings
+from tbox.ota.slots import TrybootSettings
 from tbox.record.privacy import PrivacySettings
 from tbox.spool.store import SpoolSettings
 from tbox.uplink.session import UplinkSettings
@@ -70,13 +71,15 @@ class OtaConfig(OtaSettings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Where updates come from and what holds them. Without metadata_url none is looked for.
 
     targets_url "": beside the metadata, as published. bearer: what the link runs over, as far as is known.
-    The slots and the first trusted root are where `tbox boot` says.
+    The slots and the first trusted root are where `tbox boot` says, or where rpi_tryboot does, on a Pi whose
+    own firmware starts the slots.
     """
 
     metadata_url: Url = ""
     targets_url: Url = ""
     fetch: FetchSettings = FetchSettings()
     bearer: Bearer = "cellular"
+    rpi_tryboot: TrybootSettings | None = None
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,7 +1,7 @@
 """Updates in the running agent: the engine's thread, what it may know of the vehicle, what it may ask for.
 
 A thin shell: it gathers values from the threads that own them and decides nothing. It is there only where
-`tbox boot` started the agent and said from which slot.
+a boot loader starts the agent from a slot: `tbox boot`, or a Pi's firmware.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from tbox.durable import OsStorage, TwoCopies
 from tbox.errors import Refused, TboxError
 from tbox.flow import BusThread, Flow, PipelineThread
 from tbox.ledger import Ledger, StageTotals
-from tbox.model import NS_PER_S, Draft, Level, Now
+from tbox.model import NS_PER_S, Draft, Level, Now, TimeQuality
 from tbox.ota import policy
 from tbox.ota.audit import KEY_NAME, AuditLog, open_key
-from tbox.ota.boot import BootControl, SlotName, SlotState
+from tbox.ota.boot import SLOT_NAMES, BootControl, SlotName, SlotState
 from tbox.ota.bootctl import BootCtl
 from tbox.ota.device import JOURNAL_STEM, Held, OtaDevice, Progress, load_journal
 from tbox.ota.engine import Device, Engine
 from tbox.ota.model import Delta, Full, Offer, VerifiedTarget
 from tbox.ota.policy import Vitals
 from tbox.ota.service import OtaThread, installed_versions
-from tbox.ota.slots import SimBackend, Slots
+from tbox.ota.slots import BootBackend, RpiTrybootBackend, SimBackend, Slots
 from tbox.ota.source import SourceSettings, UpdateSource
 from tbox.ota.trial import Proof
 from tbox.ota.trust import verify_slot_manifest
@@ -121,7 +121,8 @@ def vitals_of(edge: Mapping[str, Any], disk_free_bytes: int, settings: OtaConfig
 
 
 def _minute_of_day(now: Now) -> int | None:
-    if now.wall_ns is None:
+    """Return the minute of the vehicle's local day (its TZ, summer time included), None by an unset clock."""
+    if now.wall_ns is None or now.quality is TimeQuality.UNSET:
         return None
     local = time.localtime(now.wall_ns // NS_PER_S)
     return local.tm_hour * 60 + local.tm_min
@@ -282,20 +283,31 @@ NO_PROOF = Proof(
 # --- putting it together ---------------------------------------------------------------------------------
 
 
+def started_from(
+    settings: OtaConfig, storage: OsStorage, environment: Mapping[str, str]
+) -> tuple[BootBackend, Slots]:
+    """Return the boot loader that starts this agent and the slots it starts from."""
+    pi = settings.rpi_tryboot
+    if pi is None:
+        where = environment.get("TBOX_SLOTS", "")
+        return SimBackend(environment), Slots(storage, where, slot_bytes_max=settings.slot_bytes_max)
+    devices = {name: pi.slot(name).device for name in SLOT_NAMES}
+    return RpiTrybootBackend(storage, pi), Slots(storage, pi.directory, devices, settings.slot_bytes_max)
+
+
 class Updates:
     """The thread `ota` and its ports, for the agent; made before anything runs."""
 
     def __init__(self, config: Config, around: Around, environment: Mapping[str, str] = os.environ) -> None:
         """Raises TboxError, OSError when what updates rest on cannot be read."""
-        storage, where = OsStorage(), environment.get("TBOX_SLOTS", "")
+        storage = OsStorage()
         directory = f"{config.device.state_directory}/ota"
         storage.mkdir(directory)
-        backend = SimBackend(environment)
+        backend, slots = started_from(config.ota, storage, environment)
         running = backend.running()
-        ctl = BootCtl(storage, where)
+        ctl = BootCtl(storage, slots.directory)
         control = ctl.read()
-        slots = Slots(storage, where, slot_bytes_max=config.ota.slot_bytes_max)
-        root = storage.read(f"{where}/{ROOT_NAME}")
+        root = storage.read(f"{slots.directory}/{ROOT_NAME}")
         key = _cohort_key(storage, f"{directory}/{COHORT_KEY_NAME}")
         observer = Observer(around, config.ota, directory, (config.uplink.host, config.uplink.port_in_use))
         self._ports = Ports(
@@ -309,8 +321,11 @@ class Updates:
         )  # fmt: skip
         journal = TwoCopies(storage, directory, JOURNAL_STEM)
         identity = Device(
-            around.vehicle, key, running, _missing, boot_note=environment.get("TBOX_BOOT_NOTE", "")
-        )
+            around.vehicle, key, running, _missing,
+            loader_decides=backend.counts_tries,
+            boot_note=environment.get("TBOX_BOOT_NOTE", ""),
+            boot_id=backend.boot_id(),
+        )  # fmt: skip
         engine = Engine(config.ota, identity, control, load_journal(journal))
         self._device = OtaDevice(engine, ctl, slots, journal, backend, self._ports, tries=config.ota.tries)
         self._ports.tell_progress = self._progress
@@ -354,7 +369,7 @@ def open_updates(config: Config, around: Around) -> Updates | None:
         return Updates(config, around)
     except (TboxError, OSError) as error:
         log.error("updates_unavailable", why=str(error))
-        if _runs_on_trial(os.environ):
+        if _runs_on_trial(config.ota):
             raise TboxError(f"on trial, and could not be updated any more: {error}") from None
         body = {"event": "broken", "state": "broken", "reason": str(error)}
         around.emit(Draft("ota", Level.ALARM, around.now().mono_ns, body))
@@ -365,10 +380,11 @@ def _on_trial(control: BootControl, running: SlotName) -> bool:
     return control.slot(running).state in (SlotState.TRIAL, SlotState.LAST_TRY)
 
 
-def _runs_on_trial(environment: Mapping[str, str]) -> bool:
+def _runs_on_trial(settings: OtaConfig) -> bool:
     with suppress(TboxError, OSError):
-        control = BootCtl(OsStorage(), environment.get("TBOX_SLOTS", "")).read()
-        return _on_trial(control, SimBackend(environment).running())
+        storage = OsStorage()
+        backend, slots = started_from(settings, storage, os.environ)
+        return _on_trial(BootCtl(storage, slots.directory).read(), backend.running())
     return False
 
 

@@ -217,7 +217,7 @@ class OtaDevice:
                 self._backend.settle(action.slot)
             case e.Restart():
                 self.restarting = True
-                self._ports.restart(self._backend.arm(action.slot))
+                self._ports.restart(self._backend.arm(action.slot, trial=action.trial))
         return None
 
     def _check(self) -> e.CheckDone:

@@ -103,7 +103,7 @@ def transition(state: State, event: Event) -> State:
 # --- what is kept across restarts ----------------------------------------------------------------------
 
 
-class Attempts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Attempts(msgspec.Struct, frozen=True, kw_only=True):
     """How often an image was begun, so that an endless loop of installations ends."""
 
     sha256: Sha256
@@ -111,14 +111,18 @@ class Attempts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     full_only: bool = False  # a delta has failed before
 
 
-class Journal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All the engine remembers by itself: counts, approvals and the switch whose end is still to be told."""
+class Journal(msgspec.Struct, frozen=True, kw_only=True):
+    """All the engine remembers by itself: counts, approvals and the switch whose end is still to be told.
+
+    What a later release adds is passed over: the previous release reads the journal of an image on trial.
+    """
 
     format: Annotated[int, Meta(ge=1, le=1)] = 1
     attempts: Annotated[tuple[Attempts, ...], Meta(max_length=REMEMBERED_MAX)] = ()
     approved: Annotated[tuple[Sha256, ...], Meta(max_length=REMEMBERED_MAX)] = ()
     switched_to: str = ""  # digest of the image last switched to, "" once its end was told
     left: str = ""  # digest of an image left on a signed order
+    trial_boot_id: Annotated[str, Meta(max_length=100)] = ""  # the machine's boot a trial last began in
 
     def attempt(self, sha256: str) -> Attempts:
         return next((a for a in self.attempts if a.sha256 == sha256), Attempts(sha256=sha256))
@@ -170,9 +174,10 @@ class Settle(NamedTuple):
 
 
 class Restart(NamedTuple):
-    """Stop the agent in order and start from this slot."""
+    """Stop the agent in order and start from this slot; once, if its image is on trial."""
 
     slot: SlotName
+    trial: bool
 
 
 Action = Check | Fetch | Install | Commit | Save | Settle | Restart
@@ -225,6 +230,7 @@ class Device(NamedTuple):
 
     loader_decides: the boot loader reads boot control and counts tries itself, as `tbox boot` does.
     boot_note: why it did not start the slot that boot control prefers, "" if it did.
+    boot_id: the machine's boot, where one may see several starts of the agent; "" where it cannot.
     """
 
     vehicle: str
@@ -233,6 +239,7 @@ class Device(NamedTuple):
     missing: Callable[[Iterable[str]], str]  # what of `requires` is lacking, "" for nothing
     loader_decides: bool = True
     boot_note: str = ""
+    boot_id: str = ""
 
 
 def resume_state(
@@ -286,7 +293,8 @@ class Engine:
             self._resume()
         for item in inputs:
             self._take(item)
-        self._advance(vitals, proof)
+        if not any(isinstance(action, Restart) for action in self._actions):
+            self._advance(vitals, proof)
         return Step(self._actions, self._drafts, now.mono_ns + int(STEP_S * NS_PER_S))
 
     def status(self) -> dict[str, Any]:
@@ -361,7 +369,7 @@ class Engine:
             self._tell("good", "")
             self._save(replace(self.journal, switched_to=""))
         elif self.state is State.TRIAL:
-            self._tell("trial", "")
+            self._resume_trial()
         if self._device.boot_note:
             self._tell("fallback", self._device.boot_note, Level.WARNING)
         if self.control.slot(running).state is SlotState.GOOD and self.state is not State.LEAVING:
@@ -370,6 +378,17 @@ class Engine:
             self._retry_reboot()
         elif self.state is State.LEAVING:
             self._restart_into_good(other_slot(running))
+
+    def _resume_trial(self) -> None:
+        """Say that the trial begins. A second start in one boot of the machine means that the first crashed:
+        this try is over, and a plain reboot lets the previous image decide about the next."""
+        boot_id = self._device.boot_id
+        if boot_id and boot_id == self.journal.trial_boot_id:
+            self._tell("trial", "started again in the same boot: this try is over", Level.WARNING)
+            self._actions.append(Restart(other_slot(self._device.running), trial=False))
+            return
+        self._save(replace(self.journal, trial_boot_id=boot_id))
+        self._tell("trial", "")
 
     def _retry_reboot(self) -> None:
         """The old image runs though a new one is due: start that again, or give it up when out of tries."""
@@ -385,7 +404,7 @@ class Engine:
     def _restart_into(self, name: SlotName) -> None:
         if not self._device.loader_decides:
             self._commit(boot.count_try(self.control, name))
-        self._actions.append(Restart(name))
+        self._actions.append(Restart(name, trial=True))
 
     # --- results and commands ----------------------------------------------------------------------
 
@@ -473,7 +492,7 @@ class Engine:
         self._restart_into_good(other_slot(running))
 
     def _restart_into_good(self, name: SlotName) -> None:
-        self._actions += [Settle(name), Restart(name)]
+        self._actions += [Settle(name), Restart(name, trial=False)]
 
     def _fetched(self, done: FetchDone) -> None:
         if done.held:

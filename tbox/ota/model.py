@@ -49,10 +49,17 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Window(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When downloads may run, local time; an end before the start reaches past midnight."""
+    """When downloads may run, local time; an end before the start reaches past midnight.
 
-    begin_minute: MinuteOfDay = 22 * 60  # off-peak 22:00 to 06:00 (FACTS, Updates)
+    An end equal to the start is the whole day, for which no clock is needed.
+    """
+
+    begin_minute: MinuteOfDay = 22 * 60  # off-peak 22:00 to 06:00, when networks are idle
     end_minute: MinuteOfDay = 6 * 60
+
+    @property
+    def whole_day(self) -> bool:
+        return self.begin_minute == self.end_minute
 
 
 class Preconditions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

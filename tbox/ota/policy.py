@@ -58,7 +58,9 @@ class Vitals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def in_window(window: Window, minute: int) -> bool:
-    """Whether a minute of the day lies in a window, which may reach past midnight."""
+    """Whether a minute of the day lies in a window, which may reach past midnight or be the whole day."""
+    if window.whole_day:
+        return True
     if window.begin_minute <= window.end_minute:
         return window.begin_minute <= minute < window.end_minute
     return minute >= window.begin_minute or minute < window.end_minute
@@ -116,9 +118,11 @@ def hold_download(
         return f"needs {room} bytes of free disk"
     if target.critical:
         return ""
-    if vitals.local_minute is None:
-        return "local time is unknown"
     for window in filter(None, (settings.window, target.window)):
+        if window.whole_day:
+            continue
+        if vitals.local_minute is None:
+            return "local time is unknown"
         if not in_window(window, vitals.local_minute):
             return f"waiting for {_clock(window.begin_minute)} to {_clock(window.end_minute)}"
     return ""

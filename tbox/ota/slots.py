@@ -8,7 +8,10 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Annotated, Protocol
+
+import msgspec
+from msgspec import Meta
 
 from tbox.durable import RangedStorage
 from tbox.errors import TboxError
@@ -112,16 +115,27 @@ class Slots:
 
 
 class BootBackend(Protocol):
-    """What differs between boot loaders; the order of an update does not."""
+    """What differs between boot loaders; the order of an update does not.
+
+    counts_tries: the boot loader reads boot control and counts tries itself.
+    """
 
     name: str
+    counts_tries: bool
 
     def running(self) -> SlotName:
         """Return the slot this process was started from. Raises SlotError when nobody says."""
         ...
 
-    def arm(self, name: SlotName) -> list[str]:
-        """Let the next start try slot `name`; return the command that restarts, [] for `tbox boot` itself."""
+    def boot_id(self) -> str:
+        """Return a name for this boot of the machine, "" where each start of the agent is a boot."""
+        ...
+
+    def arm(self, name: SlotName, *, trial: bool) -> list[str]:
+        """Let the next start be slot `name`: once, if on trial, so that any later one is the other slot's.
+
+        Returns the command that restarts, [] for `tbox boot` itself.
+        """
         ...
 
     def settle(self, name: SlotName) -> None:
@@ -133,6 +147,7 @@ class SimBackend:
     """`tbox boot`: boot control alone says what starts next, so nothing is left to do here."""
 
     name = "sim"
+    counts_tries = True
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
@@ -145,61 +160,85 @@ class SimBackend:
             "TBOX_SLOT is not set, so nobody says which slot runs", mend="start the agent by `tbox boot`"
         )
 
-    def arm(self, name: SlotName) -> list[str]:
+    def boot_id(self) -> str:
+        return ""
+
+    def arm(self, name: SlotName, *, trial: bool) -> list[str]:
         return []
 
     def settle(self, name: SlotName) -> None:
         return None
 
 
+AbsolutePath = Annotated[str, Meta(pattern="^/[^\0]+$", max_length=4000)]
+
+
+class PiSlot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One slot of a Pi: the block device an image is written to, and its number as a boot partition."""
+
+    device: AbsolutePath
+    partition: Annotated[int, Meta(ge=1, le=4)]  # what MBR has room for
+
+
+class TrybootSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A Pi that starts `raw` images by its own firmware.
+
+    directory: boot control, manifests and the first root, on a disk that neither slot holds.
+    boot_directory: where the partition with autoboot.txt is mounted. The last two are the kernel's.
+    """
+
+    directory: AbsolutePath
+    boot_directory: AbsolutePath
+    a: PiSlot
+    b: PiSlot
+    firmware_node: AbsolutePath = "/proc/device-tree/chosen/bootloader/partition"
+    boot_id_file: AbsolutePath = "/proc/sys/kernel/random/boot_id"
+
+    def slot(self, name: SlotName) -> PiSlot:
+        return self.a if name == "a" else self.b
+
+
 class RpiTrybootBackend:
     """Raspberry Pi's own A/B: `autoboot.txt` names the default boot partition and the one to try once.
 
     The firmware's one-shot tryboot flag starts the [tryboot] partition; any later reset starts the [all]
-    one again. partitions: slot -> boot partition number. Source: Raspberry Pi documentation, autoboot.txt.
+    one again. Source: Raspberry Pi documentation, autoboot.txt.
     """
 
     name = "rpi-tryboot"
-    FIRMWARE_NODE = "/proc/device-tree/chosen/bootloader/partition"
+    counts_tries = False
 
-    def __init__(
-        self,
-        storage: RangedStorage,
-        boot_directory: str,
-        partitions: Mapping[SlotName, int],
-        firmware_node: str = FIRMWARE_NODE,
-    ) -> None:
-        self._storage = storage
-        self._directory = boot_directory
-        self._partitions = partitions
-        self._firmware_node = firmware_node
+    def __init__(self, storage: RangedStorage, settings: TrybootSettings) -> None:
+        self._storage, self._settings = storage, settings
 
     def running(self) -> SlotName:
+        node = self._settings.firmware_node
         try:
-            (number,) = struct.unpack(">I", self._storage.read(self._firmware_node))
+            (number,) = struct.unpack(">I", self._storage.read(node))
         except (OSError, struct.error):
             raise SlotError(
                 "the firmware does not say which partition was booted",
-                where=self._firmware_node,
+                where=node,
                 mend="update the Pi's boot loader",
             ) from None
-        for name, partition in self._partitions.items():
-            if partition == number:
+        for name in SLOT_NAMES:
+            if self._settings.slot(name).partition == number:
                 return name
-        raise SlotError(f"partition {number} is no slot", where=self._firmware_node, mend="mend [ota] slots")
+        raise SlotError(f"partition {number} is no slot", where=node, mend="mend [ota.rpi_tryboot]")
 
-    def arm(self, name: SlotName) -> list[str]:
-        self._write_autoboot(default=other_slot(name))
-        return ["reboot", "0 tryboot"]
+    def boot_id(self) -> str:
+        return self._storage.read(self._settings.boot_id_file).decode("ascii", "replace").strip()
+
+    def arm(self, name: SlotName, *, trial: bool) -> list[str]:
+        self.settle(other_slot(name) if trial else name)
+        return ["reboot", "0 tryboot"] if trial else ["reboot"]
 
     def settle(self, name: SlotName) -> None:
-        self._write_autoboot(default=name)
-
-    def _write_autoboot(self, default: SlotName) -> None:
-        path = f"{self._directory}/autoboot.txt"
+        path = f"{self._settings.boot_directory}/autoboot.txt"
+        default, once = self._settings.slot(name), self._settings.slot(other_slot(name))
         text = (
-            f"[all]\ntryboot_a_b=1\nboot_partition={self._partitions[default]}\n"
-            f"[tryboot]\nboot_partition={self._partitions[other_slot(default)]}\n"
+            f"[all]\ntryboot_a_b=1\nboot_partition={default.partition}\n"
+            f"[tryboot]\nboot_partition={once.partition}\n"
         ).encode()
         if self._storage.exists(path) and self._storage.read(path) == text:
             return
@@ -208,4 +247,4 @@ class RpiTrybootBackend:
         self._storage.truncate(fresh, len(text))
         self._storage.fsync(fresh)
         self._storage.rename(fresh, path)
-        self._storage.fsync_dir(self._directory)
+        self._storage.fsync_dir(self._settings.boot_directory)

@@ -7,21 +7,28 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import bsdiff4
 import numpy as np
 
+from tbox.bench.factory import CRASHES
 from tbox.durable import OsStorage
 from tbox.ota import image, publish
 from tbox.ota.bootctl import BootCtl
 from tbox.ota.supervisor import RESTART_EXIT, BootSettings
+from tbox.sim.broker import find_mosquitto
 from tests.bench.harness import Result, interleaved
+from tests.daemon import wait_for
+from tests.io.test_ota_agent import Bench as AgentBench
 from tests.io.test_supervisor import Bench
 
 APPLY_RSS_MIB_MAX = 32.0
 APPLY_TIMES_C_MAX = 1.5
+SIZES_MIB = (16, 128, 256)  # memory must not know them
 LEAVE_S_MAX = 10.0
 CRASH_LOOP_S_MAX = 60.0
 TREE = Path(np.__file__).parent  # a real package tree of tens of MB that every installation has
@@ -68,8 +75,10 @@ def cases() -> Iterator[Result]:
         top = Path(directory)
         yield from delta_cases(top)
         yield from apply_cases("package tree", *tree_pair(top))
-        yield from apply_cases("256 MiB", *big_pair(top, 256 << 20), runs=1)
+        for mib in SIZES_MIB:
+            yield from apply_cases(f"{mib} MiB", *big_pair(top, mib << 20), runs=1)
     yield from leaving_cases()
+    yield from agent_cases()
 
 
 # --- the size of a delta ----------------------------------------------------------------------------------
@@ -219,6 +228,55 @@ def leave(body: str) -> dict[str, float]:
         for line in Path(f"{bench.out}.times").read_text().splitlines():
             times.setdefault(line.split()[0], float(line.split()[1]))
         return times
+
+
+# The same for the whole agent: what each bad release adds to its own files. STAMP_PATH is filled in.
+UNHEALTHY = """
+
+import msgspec
+
+_proof = Observer.proof
+
+
+def _unclean(self: Observer) -> Proof:
+    if not Path("STAMP_PATH").exists():
+        Path("STAMP_PATH").write_text(str(time.monotonic()))
+    return msgspec.structs.replace(_proof(self), ledger_clean=False)
+
+
+Observer.proof = _unclean
+"""
+FIRST_START = """
+import time
+
+if not Path("STAMP_PATH").exists():
+    Path("STAMP_PATH").write_text(str(time.monotonic()))
+"""
+
+
+def agent_cases() -> Iterator[Result]:
+    """As above, with the shipped agent as the images, until the previous one answers its control socket."""
+    if find_mosquitto() is None:
+        return
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        bench = AgentBench(Path(directory), stack)
+        bench.car.start()
+        bench.park()
+        wait_for("frames", lambda: bench.speed_kmh() is not None)
+        crashes = {"agent.py": CRASHES["agent.py"] + FIRST_START}
+        for case, version, counter, added, goal_s in (
+            ("failed trial: verdict", "2.0", 2, {"update.py": UNHEALTHY}, LEAVE_S_MAX),
+            ("crash loop: first start", "3.0", 3, crashes, CRASH_LOOP_S_MAX),
+        ):
+            stamp = Path(directory) / f"stamp-{version}"
+            texts = {name: text.replace("STAMP_PATH", str(stamp)) for name, text in added.items()}
+            bench.offer(version, counter, texts)
+            wait_for(f"{version} was tried", stamp.exists)
+            wait_for("the previous one runs", lambda: bench.car.runs("1.0"))
+            yield _leaving(
+                f"agent, {case} to previous version", time.monotonic() - float(stamp.read_text()), goal_s
+            )
+        bench.stop()
 
 
 def _leaving(case: str, seconds: float, goal_s: float) -> Result:

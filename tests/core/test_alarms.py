@@ -26,6 +26,7 @@ from tbox.edge.alarms import (
 from tbox.edge.bands import Band, Ladder
 from tbox.edge.rules import Escalation, Rule
 from tbox.model import Level
+from tests.tables import check_pair, check_whole, every_pair
 
 S = 1_000_000_000
 BANDS = (Band(Level.WARNING, 50.0, 45.0, 2 * S, 3 * S), Band(Level.CRITICAL, 60.0, 55.0, S, 3 * S))
@@ -48,22 +49,15 @@ def feed(alarm: Alarm, *values: float | None, start_s: int = 0) -> list[Told | N
     return [alarm.step((start_s + i) * S, value) for i, value in enumerate(values)]
 
 
-@pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("event", Event)
+@every_pair(State, Event)
 def test_every_pair_of_state_and_event_leads_where_the_table_says_or_raises(
     state: State, event: Event
 ) -> None:
-    if event in TRANSITIONS[state]:
-        assert next_state(state, event) is TRANSITIONS[state][event]
-    else:
-        with pytest.raises(IllegalEvent, match=f"{event} while {state}"):
-            next_state(state, event)
+    check_pair(TRANSITIONS, state, event, next_state, IllegalEvent)
 
 
 def test_every_state_can_be_reached_and_left() -> None:
-    reached = {after for events in TRANSITIONS.values() for after in events.values()}
-    assert reached == set(State) == set(TRANSITIONS)
-    assert all(TRANSITIONS[state] for state in State)
+    check_whole(TRANSITIONS, State, Event)
 
 
 def test_an_alarm_is_raised_after_its_time_and_cleared_after_its_time() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 import cantools
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from tbox.edge.isolation import (
     request_frame,
 )
 from tbox.model import CanSend, Draft
+from tests.tables import check_pair, every_pair
 
 MS = 1_000_000
 HOT = [Demand("thermal-runaway", "pack", 17)]
@@ -66,16 +66,11 @@ def test_any_single_flipped_bit_breaks_the_crc(_: bytes, bit: int) -> None:
     assert crc8_j1850(bytes(data[1:]) + bytes((DATA_ID,))) != data[0]
 
 
-@pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("event", Event)
+@every_pair(State, Event)
 def test_every_pair_of_state_and_event_leads_where_the_table_says_or_raises(
     state: State, event: Event
 ) -> None:
-    if event in TRANSITIONS[state]:
-        assert next_state(state, event) is TRANSITIONS[state][event]
-    else:
-        with pytest.raises(IllegalEvent):
-            next_state(state, event)
+    check_pair(TRANSITIONS, state, event, next_state, IllegalEvent)
 
 
 def run(

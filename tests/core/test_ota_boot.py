@@ -27,6 +27,7 @@ from tbox.ota.boot import (
 )
 from tbox.ota.model import Emergency, VerifiedTarget
 from tests.crash.ota_world import sha256, target_of
+from tests.tables import check_pair, check_whole, every_pair
 
 OLD = target_of(b"old", 1)
 NEW = target_of(b"new", 2)
@@ -77,16 +78,14 @@ def _one_try_left(control: BootControl) -> BootControl:
     return control.with_slots("b", msgspec.structs.replace(control.b, tries_left=1))
 
 
-@pytest.mark.parametrize("event", SlotEvent)
-@pytest.mark.parametrize("state", SlotState)
+@every_pair(SlotState, SlotEvent)
 def test_every_state_takes_the_events_of_the_table_and_no_other(state: SlotState, event: SlotEvent) -> None:
-    control = IN_STATE[state]
-    assert control.b.state is state
-    if event in TABLE[state]:
-        assert DO[event](control).b.state is TABLE[state][event]
-    else:
-        with pytest.raises(IllegalTransition):
-            DO[event](control)
+    assert IN_STATE[state].b.state is state
+    check_pair(TABLE, state, event, lambda s, e: DO[e](IN_STATE[s]).b.state, IllegalTransition)
+
+
+def test_every_state_can_be_reached_and_left() -> None:
+    check_whole(TABLE, SlotState, SlotEvent)
 
 
 def test_the_floor_rises_only_when_the_image_is_found_good() -> None:

@@ -18,6 +18,7 @@ from tbox.ota.model import Delta, Offer, RollbackOrder
 from tbox.ota.policy import OtaSettings
 from tests.core.test_ota_boot import DIGEST, FACTORY, GOOD, LAST_TRY, OLD, TRIAL
 from tests.crash.ota_world import HEALTHY, PARKED, sha256, target_of
+from tests.tables import check_pair, check_whole, every_pair
 
 SETTINGS = OtaSettings(
     trial_crash_free_s=10, trial_limit_s=60, trial_grace_s=5, retry_s=5, check_period_s=100
@@ -85,14 +86,13 @@ class Rig:
         return [draft.body["event"] for draft in self.drafts]
 
 
-@pytest.mark.parametrize("event", Event)
-@pytest.mark.parametrize("state", State)
+@every_pair(State, Event)
 def test_every_state_takes_the_events_of_the_table_and_no_other(state: State, event: Event) -> None:
-    if event in e.TABLE[state]:
-        assert isinstance(e.transition(state, event), State)
-    else:
-        with pytest.raises(IllegalTransition):
-            e.transition(state, event)
+    check_pair(e.TABLE, state, event, e.transition, IllegalTransition)
+
+
+def test_every_state_can_be_reached_and_left() -> None:
+    check_whole(e.TABLE, State, Event)
 
 
 def test_what_the_boot_loader_did_is_resumed_as_the_table_says() -> None:
@@ -237,7 +237,7 @@ def test_an_unhealthy_image_is_left_at_once_with_its_reason_told_by_the_old_one(
     rig = on_trial()
     rig.proof = msgspec.structs.replace(HEALTHY, ledger_clean=False)
     assert rig.run() is State.LEAVING
-    assert rig.actions[-1] == e.Restart("a")
+    assert rig.actions[-1] == e.Restart("a", trial=False)
     back = Rig(rig.engine.control, rig.engine.journal, slot="a")
     assert back.state is State.ROLLED_BACK
     back.run()
@@ -269,7 +269,7 @@ def test_a_signed_order_leaves_even_a_good_image_for_the_other_good_one() -> Non
     assert rig.run() is State.LEAVING
     control = rig.engine.control
     assert boot.plan(control, {}) == boot.Start("a", trial=False) and control.floor == 2
-    assert rig.actions[-2:] == [e.Settle("a"), e.Restart("a")]
+    assert rig.actions[-2:] == [e.Settle("a"), e.Restart("a", trial=False)]
     back = Rig(control, rig.engine.journal)
     assert back.state is State.ROLLED_BACK
     back.run()
@@ -301,7 +301,25 @@ def test_where_the_firmware_started_the_old_default_after_a_confirmation_it_is_s
     rig = Rig(GOOD, slot="a", loader_decides=False)
     assert rig.state is State.LEAVING
     rig.run()
-    assert rig.actions == [e.Settle("b"), e.Restart("b")]
+    assert rig.actions == [e.Settle("b"), e.Restart("b", trial=False)]
+
+
+def test_a_second_start_in_one_boot_of_the_machine_ends_the_try() -> None:
+    first = on_trial(loader_decides=False, boot_id="boot 1")
+    assert first.run() is State.TRIAL and first.of(e.Restart) == []
+    again = Rig(first.engine.control, first.engine.journal, slot="b", loader_decides=False, boot_id="boot 1")
+    again.proof = msgspec.structs.replace(HEALTHY, ledger_clean=False)
+    again.run()
+    assert again.actions == [e.Restart("a", trial=False)], "the restart is all that happens"
+    other = Rig(first.engine.control, first.engine.journal, slot="b", loader_decides=False, boot_id="boot 2")
+    assert other.run() is State.TRIAL and other.of(e.Restart) == []
+
+
+def test_the_journal_of_a_later_release_is_read_by_this_one() -> None:
+    later = msgspec.to_builtins(Journal(left="x", attempts=(e.Attempts(sha256="0" * 64, count=2),)))
+    later["attempts"][0]["added"] = later["added"] = 1
+    read = msgspec.msgpack.decode(msgspec.msgpack.encode(later), type=Journal)
+    assert read.left == "x" and read.attempt("0" * 64).count == 2
 
 
 def test_a_fallback_that_the_boot_loader_chose_is_told_and_stays() -> None:

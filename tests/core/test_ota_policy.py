@@ -54,6 +54,15 @@ def test_the_off_peak_window_reaches_past_midnight(clock: str, inside: bool) -> 
     assert inside or held == "waiting for 22:00 to 06:00"
 
 
+@pytest.mark.parametrize("minute", [0, 359, 360, 720, 1439, None])
+def test_a_window_that_ends_as_it_begins_is_the_whole_day_and_needs_no_clock(minute: int | None) -> None:
+    always = Window(begin_minute=360, end_minute=360)
+    assert download(vitals=changed(PARKED, local_minute=minute), window=always) == ""
+    narrow = target_of(b"next", 3, window=Window(begin_minute=120, end_minute=180))
+    held = download(narrow, changed(PARKED, local_minute=minute), window=always)
+    assert held == ("local time is unknown" if minute is None else "waiting for 02:00 to 03:00")
+
+
 def test_a_critical_update_ignores_the_window_but_nothing_else() -> None:
     critical = target_of(b"next", 3, critical=True)
     noon = changed(PARKED, local_minute=720)

@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from tbox.ota.model import MANIFEST_BYTES_MAX
-from tbox.ota.slots import RpiTrybootBackend, SimBackend, SlotError, Slots
+from tbox.ota.slots import PiSlot, RpiTrybootBackend, SimBackend, SlotError, Slots, TrybootSettings
 from tests.crash.flash import Flash, every_cut
 from tests.crash.ota_world import sha256
 
@@ -51,7 +51,14 @@ def test_the_simulator_s_boot_loader_says_which_slot_runs() -> None:
 
 
 def pi(flash: Flash) -> RpiTrybootBackend:
-    return RpiTrybootBackend(flash, "/boot", {"a": 2, "b": 3}, "/node")
+    settings = TrybootSettings(
+        directory="/fw",
+        boot_directory="/boot",
+        a=PiSlot(device="/dev/mmcblk0p2", partition=2),
+        b=PiSlot(device="/dev/mmcblk0p3", partition=3),
+        firmware_node="/node",
+    )
+    return RpiTrybootBackend(flash, settings)
 
 
 def test_the_pi_s_firmware_says_which_partition_was_booted() -> None:
@@ -65,7 +72,7 @@ def test_the_pi_s_firmware_says_which_partition_was_booted() -> None:
 
 def test_a_trial_on_the_pi_keeps_the_default_and_a_good_image_becomes_it() -> None:
     flash = Flash()
-    assert pi(flash).arm("b") == ["reboot", "0 tryboot"]
+    assert pi(flash).arm("b", trial=True) == ["reboot", "0 tryboot"]
     assert flash.files["/boot/autoboot.txt"].decode() == (
         "[all]\ntryboot_a_b=1\nboot_partition=2\n[tryboot]\nboot_partition=3\n"
     )

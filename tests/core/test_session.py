@@ -26,6 +26,7 @@ from tbox.uplink.session import (
     State,
 )
 from tests.memory_spool import MemorySpool
+from tests.tables import check_pair, check_whole, every_pair
 
 SETTINGS = SessionSettings(
     window=5,
@@ -84,23 +85,20 @@ def drive_to(state: State) -> Session:
     return session
 
 
-@pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("event", Event)
+@every_pair(State, Event)
 def test_every_pair_of_state_and_event_is_in_the_table_or_raises(state: State, event: Event) -> None:
     session = drive_to(state)
-    if (state, event) in TABLE:
+
+    def fire(_: State, event: Event) -> State:
         session._fire(event, 0)
-        assert session.state is TABLE[state, event]
-    else:
-        with pytest.raises(IllegalEvent):
-            session._fire(event, 0)
-        assert session.state is state
+        return session.state
+
+    check_pair(TABLE, state, event, fire, IllegalEvent)
+    assert session.state is TABLE.get((state, event), state)
 
 
 def test_every_state_is_reached_and_left() -> None:
-    assert set(TABLE.values()) == set(State)
-    assert {state for state, _ in TABLE} == set(State)
-    assert {event for _, event in TABLE} == set(Event)
+    check_whole(TABLE, State, Event)
 
 
 def test_a_connected_session_says_online_first_and_then_fills_the_window_and_no_more() -> None:

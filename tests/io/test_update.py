@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +13,7 @@ import pytest
 from tbox.config import Config, DeviceConfig, OtaConfig
 from tbox.errors import TboxError
 from tbox.ledger import StageLedger
-from tbox.model import NS_PER_S, Draft, Level, Now
+from tbox.model import NS_PER_S, Draft, Level, Now, TimeQuality
 from tbox.ota import boot
 from tbox.ota.policy import Vitals, hold_switch
 from tbox.update import Around, open_updates, parked, unaccounted, vitals_of
@@ -46,8 +49,41 @@ def test_vitals_carry_what_is_known_in_the_units_of_the_policy() -> None:
         parked=True, soc_percent=80.0, low_voltage_mv=14_100, alarm_level=4, disk_free_bytes=5 << 30,
         bearer="ntn", local_minute=None,
     )  # fmt: skip
-    known = vitals_of(STANDING, 0, OtaConfig(), Now(0, 1_800_000_000 * NS_PER_S))
+    known = vitals_of(STANDING, 0, OtaConfig(), Now(0, 1_800_000_000 * NS_PER_S, TimeQuality.NTP))
     assert known.local_minute is not None and known.local_minute % 60 == 0
+
+
+@pytest.fixture
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The vehicle's time zone, by its rules and not by a zone file, which a small image may lack."""
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("utc", "local"),
+    [
+        ("2026-01-15T20:59", "21:59"),
+        ("2026-07-15T20:00", "22:00"),
+        ("2026-03-29T00:59", "01:59"),  # the hour from 2 to 3 is left out
+        ("2026-03-29T01:00", "03:00"),
+        ("2026-10-25T00:59", "02:59"),  # it comes twice
+        ("2026-10-25T01:00", "02:00"),
+    ],
+)
+def test_the_window_is_of_the_vehicle_s_local_day_summer_time_included(
+    berlin: None, utc: str, local: str
+) -> None:
+    wall_ns = int(datetime.fromisoformat(f"{utc}+00:00").timestamp()) * NS_PER_S
+    found = vitals_of(STANDING, 0, OtaConfig(), Now(0, wall_ns, TimeQuality.NTP))
+    assert found.local_minute == int(local[:2]) * 60 + int(local[3:])
+
+
+def test_a_clock_that_nobody_set_tells_no_local_time() -> None:
+    assert vitals_of(STANDING, 0, OtaConfig(), Now(0, 1_800_000_000 * NS_PER_S)).local_minute is None
 
 
 @pytest.mark.parametrize("name", ["speed_kmh", "soc_percent", "low_voltage_v"])
