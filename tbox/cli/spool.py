@@ -19,7 +19,7 @@ from tbox.control import request
 from tbox.durable import OsStorage
 from tbox.errors import Refused, TboxError
 from tbox.spool import look
-from tbox.spool.flash import FILE_NAME, Flash
+from tbox.spool.flash import FILE_NAME, Flash, Run
 from tbox.spool.keyring import KEY_FILE_NAME, Keyring, copied_keys, open_keyring
 from tbox.spool.recover import DAMAGED_NAME, salvage
 from tbox.spool.store import DirectoryLock, SpoolError, SpoolLocked
@@ -142,14 +142,14 @@ def verify(directory: str, key_file: str, socket_path: str) -> None:
 @_key
 @click.option("--out", type=click.File("w"), default="-", help="Default: standard output.")
 def salvage_command(directory: str, key_file: str, out: TextIO) -> None:
-    """Read what can be read of a damaged spool, row by row, as JSON lines; the spool stays as it is."""
+    """Read what can be read of a damaged spool, run by run, as JSON lines; the spool stays as it is."""
     lock = DirectoryLock(directory)
     try:
         keys = open_keyring(
             OsStorage(), key_file or f"{directory}/{KEY_FILE_NAME}", [], _no_random, has_data=True
         )
         keys.learn(copied_keys(OsStorage(), directory))
-        counts = {"records": 0, "unreadable": 0}
+        counts = {"records": 0, "gaps": 0}
         names = [path.name for path in sorted(Path(directory).glob(f"{FILE_NAME}*"))]
         for name in names:
             if name == FILE_NAME or (name.startswith(DAMAGED_NAME) and not name.endswith("-wal")):
@@ -162,8 +162,11 @@ def salvage_command(directory: str, key_file: str, out: TextIO) -> None:
 
 
 def _salvage_file(path: str, keys: Keyring, out: TextIO, counts: dict[str, int]) -> None:
-    for found in salvage(path, sqlite3.connect, lambda _lane: 0):
-        for row in found.rows:
-            print(json.dumps(look.described(row, keys)), file=out)
-        counts["records"] += len(found.rows)
-        counts["unreadable"] += sum(lost.records for lost in found.lost)
+    def whole(run: Run) -> bool:
+        return all(record["payload"] is not None for record in look.described(run, keys))
+
+    for found in salvage(path, sqlite3.connect, lambda _lane: 0, whole):
+        counts["gaps"] += found.run is None
+        for record in look.described(found.run, keys) if found.run else ():
+            print(json.dumps(record), file=out)
+            counts["records"] += 1

@@ -1,7 +1,9 @@
-"""The database file of a spool: pragmas, rows, one transaction at a time. Decides nothing, queues nothing.
+"""The database file of a spool: pragmas, runs, one transaction at a time. Decides nothing, queues nothing.
 
-Every method may raise sqlite3.Error; the caller knows what that means for the records. Only `execute` with
-explicit BEGIN and COMMIT is used, so that a recording connection can stand in.
+A row is a run of records that follow one another (`schema`). A run leaves as a whole; what of it is gone
+before that stands in `partly`, which is written only for runs that are partly gone. Every method may raise
+sqlite3.Error; the caller knows what that means for the records. Only `execute` with explicit BEGIN and
+COMMIT is used, so that a recording connection can stand in.
 """
 
 from __future__ import annotations
@@ -12,38 +14,59 @@ from typing import Any, NamedTuple
 
 from tbox.model import COUNTER_BITS
 from tbox.spool import schema
-from tbox.spool.policy import LANES, Lane, StoredRow
+from tbox.spool.policy import LANES, RUN_RECORDS_MAX, IdRanges, Lane, StoredRun, packed, unpacked
 from tbox.spool.schema import Connection
 
 # Small pages waste least beside what a commit writes anyway: the first page, an inner page, a half-full leaf.
-PAGE_BYTES = 1024
+PAGE_BYTES = 2048
 # 4 MiB of log between checkpoints (1000 pages of SQLite's usual 4 KiB).
-WAL_CHECKPOINT_PAGES = 4000
+WAL_CHECKPOINT_PAGES = 2000
 # Above the cap: what one transaction may add before its own evictions, and the tables' inner pages.
 HARD_CAP_SPARE_BYTES = 4 * 1024 * 1024
 FILE_NAME = "spool.db"
 INSERT_ROWS = 50  # rows a statement; one statement per row costs twice the time
-DELETE_ROWS_READ = 4096  # rows whose sizes are held at once while a range is deleted
 
 # How SQLite lays a row on a leaf page (its file format, section 1.6): a payload above LOCAL_BYTES_MAX keeps
 # a part of at least LOCAL_BYTES_MIN on the leaf and leaves the rest to overflow pages.
 LEAF_BYTES = PAGE_BYTES - 8
 LOCAL_BYTES_MAX = PAGE_BYTES - 35
 LOCAL_BYTES_MIN = (PAGE_BYTES - 12) * 32 // 255 - 23
-ROW_BYTES = 14  # record header, kind, level and time
+ROW_BYTES = 15  # record header, length (of a single record), kind, level and time
 CELL_BYTES = 10  # cell pointer, length and id
 
 Connect = Callable[..., Connection]
 
 
-class Row(NamedTuple):
-    """A record as it stands on flash. sealed None: acknowledged, kept as the newest id that was committed."""
+class Damaged(sqlite3.DatabaseError):
+    """A run is not what was sealed: the file is damaged, though SQLite has not noticed."""
+
+    sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    sqlite_errorname = "SQLITE_CORRUPT"
+
+
+class Run(NamedTuple):
+    """Records id..last_id as they stand on flash.
+
+    sealed None: all acknowledged, kept as the newest id that was committed. gone: what of it is gone.
+    """
 
     id: int
+    n: int
     kind: int
     level: int
     at_s: int | None
     sealed: bytes | None
+    gone: bytes | None = None
+
+    @property
+    def last_id(self) -> int:
+        return self.id + self.n - 1
+
+
+def is_sound(n: Any, kind: Any, level: Any, sealed: Any) -> bool:
+    """Whether a row's columns can be those of a run: damage may leave any type in any column."""
+    numbers = all(isinstance(one, int) for one in (n, kind, level))
+    return numbers and 1 <= n <= RUN_RECORDS_MAX and isinstance(sealed, bytes | None)
 
 
 class StartRow(NamedTuple):
@@ -114,6 +137,11 @@ def pragmas(quota_bytes: int) -> list[str]:
     ]
 
 
+COLUMNS = "r.id, r.n, r.kind, r.level, r.at, r.sealed, p.gone"
+_SIZES = "r.id, r.n, r.kind, r.at, length(r.sealed), p.gone"
+TABLES = "{} r LEFT JOIN partly p ON p.id = r.id"
+
+
 class Flash:
     """An open spool file. One connection, one thread."""
 
@@ -137,10 +165,11 @@ class Flash:
 
     def _look(self) -> None:
         for lane in LANES:
-            sql = f"SELECT id, sealed IS NULL FROM {lane.name} ORDER BY id DESC LIMIT 1"
-            newest = self._db.execute(sql).fetchone()
-            self._newest[lane] = newest[0] if newest else 0
-            self._tombstone[lane] = newest[0] if newest and newest[1] else None
+            sql = f"SELECT id, n, sealed IS NULL FROM {lane.name} ORDER BY id DESC LIMIT 1"
+            found = self._db.execute(sql).fetchone()
+            self._require(not found or is_sound(found[1], 0, 0, None), 0)
+            self._newest[lane] = found[0] + found[1] - 1 if found else 0
+            self._tombstone[lane] = found[0] if found and found[2] else None
 
     # --- transaction ------------------------------------------------------------------------------
 
@@ -156,58 +185,91 @@ class Flash:
             self._db.execute("ROLLBACK")
         self._look()
 
-    def insert(self, lane: Lane, rows: Sequence[Row]) -> None:
-        """Add rows; one that is there already stays as it is, so a commit in doubt may be repeated."""
-        newest = max((row.id for row in rows), default=0)
-        for at in range(0, len(rows), INSERT_ROWS):
-            part = rows[at : at + INSERT_ROWS]
-            values = ", ".join(["(?, ?, ?, ?, ?)"] * len(part))
-            sql = f"INSERT OR IGNORE INTO {lane.name} (id, kind, level, at, sealed) VALUES {values}"
-            self._db.execute(sql, [value for row in part for value in row])
+    def insert(self, lane: Lane, runs: Sequence[Run]) -> None:
+        """Add runs; one that is there already stays as it is, so a commit in doubt may be repeated."""
+        newest = max((run.last_id for run in runs), default=0)
+        for at in range(0, len(runs), INSERT_ROWS):
+            part = runs[at : at + INSERT_ROWS]
+            values = ", ".join(["(?, ?, ?, ?, ?, ?)"] * len(part))
+            sql = f"INSERT OR IGNORE INTO {lane.name} (id, n, kind, level, at, sealed) VALUES {values}"
+            self._db.execute(sql, [value for run in part for value in run[:6]])
         if newest > self._newest[lane]:
             self._newest[lane] = newest
             if self._tombstone[lane] is not None:
                 self._db.execute(f"DELETE FROM {lane.name} WHERE id = ?", (self._tombstone[lane],))
                 self._tombstone[lane] = None
 
-    def delete(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Remove ids, except that the newest id of a table stays as an empty row.
+    def delete(self, ids: IdRanges) -> None:
+        """Take records off the flash: whole runs are removed, of others it is noted what is gone.
 
-        It is the only trace of how far a start had committed, and costs no page that is not written anyway.
+        The newest run of a table stays as an empty row. It is the only trace of how far a start had
+        committed, and costs no page that is not written anyway.
         """
-        for first, last in ranges:
-            for lane in LANES:
-                newest = self._newest[lane]
-                if first > newest:
+        for lane in LANES:
+            neighbours: list[StoredRun] = []  # whole runs with nothing left between them
+            upto = 0
+            for run in self._touched(lane, ids):
+                gone = unpacked(run.gone, run.id)
+                for first, last in ids.within(run.id, run.last_id):
+                    gone.add(first, last)
+                if len(gone) < run.n:
+                    self._note_gone(run, gone)
                     continue
-                if newest <= last and self._tombstone[lane] != newest:
-                    sql = f"UPDATE {lane.name} SET sealed = NULL, at = NULL WHERE id = ?"
-                    self._db.execute(sql, (newest,))
-                    self._tombstone[lane] = newest
-                self._delete_rows(lane, first, min(last, newest - 1))
+                if run.gone is not None:
+                    self._db.execute("DELETE FROM partly WHERE id = ?", (run.id,))
+                if run.last_id == self._newest[lane]:
+                    self._bury(lane, run.id)
+                    continue
+                if run.last_id > upto:
+                    self._delete_rows(lane, neighbours)
+                    neighbours.clear()
+                    upto = ids.end_of(run.id)
+                neighbours.append(run)
+            self._delete_rows(lane, neighbours)
 
-    def _delete_rows(self, lane: Lane, first: int, last: int) -> None:
-        """Remove ids a leaf page's worth at a time, each emptied before it is removed.
+    def _touched(self, lane: Lane, ids: IdRanges) -> list[StoredRun]:
+        """Return the runs that hold any of these ids, without what is sealed in them."""
+        sql = (
+            f"SELECT {_SIZES} FROM {TABLES.format(lane.name)} WHERE r.sealed IS NOT NULL AND r.id <= ? AND "
+            f"r.id >= ifnull((SELECT max(id) FROM {lane.name} WHERE id <= ?), 0) ORDER BY r.id"
+        )
+        found: dict[int, StoredRun] = {}
+        upto = 0
+        for first, last in ids:
+            if last <= upto or first > self._newest[lane]:
+                continue
+            for row in self._db.execute(sql, (last, first)).fetchall():
+                self._require(is_sound(row[1], row[2], 0, None), row[0])
+                run = StoredRun(*row)
+                if run.last_id >= first:
+                    found[run.id] = run
+                    upto = run.last_id
+        return list(found.values())
+
+    def _note_gone(self, run: StoredRun, gone: IdRanges) -> None:
+        sql = "INSERT OR REPLACE INTO partly (id, gone) VALUES (?, ?)"
+        self._db.execute(sql, (run.id, packed(gone, run.id)))
+
+    def _bury(self, lane: Lane, one: int) -> None:
+        self._db.execute(f"UPDATE {lane.name} SET sealed = NULL, at = NULL WHERE id = ?", (one,))
+        self._tombstone[lane] = one
+
+    def _delete_rows(self, lane: Lane, runs: Sequence[StoredRun]) -> None:
+        """Remove runs that stand side by side a leaf page's worth at a time, emptied before they are removed.
 
         SQLite frees a page without writing it only if nothing on it was touched. Removing full rows one
         after the other makes it spread what is left over the next pages again and again: every page is
         written once more, only to be freed. Emptied rows leave room for a whole neighbour to move in, and
         the neighbour's own page is then freed untouched.
         """
-        sizes = (
-            f"SELECT id, length(sealed) FROM {lane.name} WHERE id BETWEEN ? AND ? ORDER BY id "
-            f"LIMIT {DELETE_ROWS_READ}"
-        )
         empty = f"UPDATE {lane.name} SET sealed = NULL, at = NULL WHERE id BETWEEN ? AND ?"
         remove = f"DELETE FROM {lane.name} WHERE id BETWEEN ? AND ?"
-        while rows := self._db.execute(sizes, (first, last)).fetchall():
-            for leaf in leaves(rows):
-                if leaf[0] < leaf[1]:
-                    self._db.execute(empty, leaf)
-                self._db.execute(remove, leaf)
-            first = rows[-1][0] + 1
+        for leaf in leaves((run.id, run.sealed_bytes) for run in runs):
+            if leaf[0] < leaf[1]:
+                self._db.execute(empty, leaf)
+            self._db.execute(remove, leaf)
 
-    # --- rows -------------------------------------------------------------------------------------
+    # --- runs -------------------------------------------------------------------------------------
 
     @property
     def newest_id(self) -> int | None:
@@ -217,37 +279,58 @@ class Flash:
     def newest(self, lane: Lane) -> int:
         return self._newest[lane]
 
-    def read(self, lane: Lane, after: int, rows_max: int, bytes_max: int) -> list[Row]:
-        """Return the next rows by id, tombstones included: at least one, at most about `bytes_max` sealed."""
+    def read(self, lane: Lane, after: int, records_max: int, bytes_max: int) -> list[Run]:
+        """Return the runs that hold the next ids, tombstones included, as many as reach a limit.
+
+        The first may have begun at or before `after`. Raises Damaged when rows do not follow one another.
+        """
         if after >= self._newest[lane]:
             return []
-        sql = f"SELECT id, kind, level, at, sealed FROM {lane.name} WHERE id > ? ORDER BY id LIMIT ?"
-        cursor = self._db.execute(sql, (after, rows_max))
-        rows: list[Row] = []
-        while bytes_max > 0 and (found := cursor.fetchone()) is not None:
-            rows.append(Row(*found))
-            bytes_max -= len(found[4] or b"")
-        cursor.close()
-        return rows
-
-    def sizes(self, lane: Lane, after: int, rows_max: int) -> list[StoredRow]:
-        """Return the next rows by id without reading what is sealed in them."""
         sql = (
-            f"SELECT id, kind, at, length(sealed) FROM {lane.name} "
-            "WHERE id > ? AND sealed IS NOT NULL ORDER BY id LIMIT ?"
+            f"SELECT {COLUMNS} FROM {TABLES.format(lane.name)} "
+            f"WHERE r.id >= ifnull((SELECT max(id) FROM {lane.name} WHERE id <= ?), 0) ORDER BY r.id"
         )
-        return [StoredRow(*row) for row in self._db.execute(sql, (after, rows_max)).fetchall()]
+        cursor = self._db.execute(sql, (after,))
+        runs: list[Run] = []
+        while bytes_max > 0 and records_max > 0 and (found := cursor.fetchone()) is not None:
+            self._require(is_sound(found[1], found[2], found[3], found[5]), found[0])
+            run = Run(*found)
+            if run.last_id <= after and not runs:
+                continue
+            self._require(run.id > (runs[-1].last_id if runs else 0), run.id)
+            runs.append(run)
+            records_max -= run.last_id - max(after, run.id - 1)
+            bytes_max -= len(run.sealed or b"")
+        cursor.close()
+        return runs
+
+    def sizes(self, lane: Lane, after: int, rows_max: int) -> list[StoredRun]:
+        """Return the next runs that begin behind `after`, without what is sealed in them."""
+        sql = (
+            f"SELECT {_SIZES} FROM {TABLES.format(lane.name)} "
+            "WHERE r.id > ? AND r.sealed IS NOT NULL ORDER BY r.id LIMIT ?"
+        )
+        runs = [StoredRun(*row) for row in self._db.execute(sql, (after, rows_max)).fetchall()]
+        for run in runs:
+            self._require(is_sound(run.n, run.kind, 0, None) and run.id > after, run.id)
+            after = run.last_id
+        return runs
+
+    @staticmethod
+    def _require(fact: bool, one: int) -> None:
+        if not fact:
+            raise Damaged(f"run {one} is no run, or out of order")
+
+    def holds(self, lane: Lane, one: int) -> bool:
+        """Whether a run begins at this id."""
+        return self._db.execute(f"SELECT 1 FROM {lane.name} WHERE id = ?", (one,)).fetchone() is not None
 
     def newest_of(self, start: int) -> int | None:
         """Return the highest id of a start that is on flash."""
-        found = [
-            self._db.execute(
-                f"SELECT max(id) FROM {lane.name} WHERE id > ? AND id < ?",
-                (first_id(start), first_id(start + 1)),
-            ).fetchone()[0]
-            for lane in LANES
-        ]
-        return max((one for one in found if one is not None), default=None)
+        sql = "SELECT id + n - 1 FROM {} WHERE id > ? AND id < ? ORDER BY id DESC LIMIT 1"
+        limits = (first_id(start), first_id(start + 1))
+        found = [self._db.execute(sql.format(lane.name), limits).fetchone() for lane in LANES]
+        return max((row[0] for row in found if row), default=None)
 
     def oldest_start(self) -> int | None:
         """Return the oldest start that still has records on flash, and so needs its data key."""
@@ -297,6 +380,20 @@ class Flash:
     def note_salvaged(self, name: str, after: dict[Lane, int], *, done: bool) -> None:
         sql = "INSERT OR REPLACE INTO salvage (file, alarm_after, routine_after, done) VALUES (?, ?, ?, ?)"
         self._db.execute(sql, (name, *(after[lane] for lane in LANES), int(done)))
+
+    def note_away(self, ids: IdRanges) -> None:
+        """Note ids that left, in case their run is still in a file put aside."""
+        for one in ids:
+            self._db.execute("INSERT OR REPLACE INTO away (first, last) VALUES (?, ?)", one)
+
+    def away(self) -> IdRanges:
+        ids = IdRanges()
+        for first, last in self._db.execute("SELECT first, last FROM away").fetchall():
+            ids.add(first, last)
+        return ids
+
+    def forget_away(self) -> None:
+        self._db.execute("DELETE FROM away")
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> list[Any]:
         """Ask for something that no method names: the offline tools do."""

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tbox.model import COUNTER_MAX
-from tbox.spool.flash import Flash, Row
+from tbox.spool.flash import COLUMNS, TABLES, Flash, Run
 from tbox.spool.keyring import Keyring
-from tbox.spool.policy import LANES, Lane
+from tbox.spool.policy import LANES, Lane, unpacked
 from tbox.spool.schema import KIND_NAMES
+from tbox.spool.seal import sealed_overhead_bytes
 
-READ_ROWS = 256
-READ_BYTES = 1 << 20
+READ_ROWS = 64
 FAULTS_MAX = 20
 GLANCE_RECORDS = 1000  # newest records unsealed of a live spool, whose thread has other work
 
@@ -26,12 +26,14 @@ def stat(flash: Flash) -> dict[str, Any]:
     """Return what a stopped spool holds, by lane and by start."""
     lanes: dict[str, Any] = {}
     for lane in LANES:
-        sql = (
-            f"SELECT count(*), min(id), max(id), sum(length(sealed) - 16) FROM {lane.name} "
-            "WHERE sealed IS NOT NULL"
-        )
-        count, oldest, newest, size = flash.execute(sql)[0]
-        lanes[lane.name] = {"records": count, "oldest_id": oldest, "newest_id": newest, "bytes": size or 0}
+        count = size = 0
+        oldest = newest = None
+        after = 0
+        while runs := flash.sizes(lane, after, READ_ROWS):
+            oldest, newest, after = oldest or runs[0].id, runs[-1].last_id, runs[-1].last_id
+            count += sum(run.n - len(unpacked(run.gone, run.id)) for run in runs)
+            size += sum(run.sealed_bytes - sealed_overhead_bytes(run.n) for run in runs)
+        lanes[lane.name] = {"records": count, "oldest_id": oldest, "newest_id": newest, "bytes": size}
     starts = [
         {"start": row.start, "clean": bool(row.clean), "last_id": row.last_id} for row in flash.starts()
     ]
@@ -43,7 +45,8 @@ def stat(flash: Flash) -> dict[str, Any]:
 
 def records(flash: Flash, keys: Keyring | None) -> Iterator[dict[str, Any]]:
     """Yield every record in order of its id."""
-    return (described(row, keys) for row in heapq.merge(*(_rows(flash, lane) for lane in LANES)))
+    runs = heapq.merge(*(_runs(flash, lane, 0) for lane in LANES))
+    return (record for run in runs for record in described(run, keys))
 
 
 def tail(flash: Flash, keys: Keyring | None, lines: int) -> list[dict[str, Any]]:
@@ -52,8 +55,8 @@ def tail(flash: Flash, keys: Keyring | None, lines: int) -> list[dict[str, Any]]
     for lane in LANES:
         sql = f"SELECT id FROM {lane.name} WHERE sealed IS NOT NULL ORDER BY id DESC LIMIT {int(lines)}"
         ids = [row[0] for row in flash.execute(sql)]
-        newest.append(_rows(flash, lane, after=ids[-1] - 1) if ids else iter(()))
-    return [described(row, keys) for row in list(heapq.merge(*newest))[-lines:]]
+        newest.append(_runs(flash, lane, after=ids[-1] - 1) if ids else iter(()))
+    return [record for run in heapq.merge(*newest) for record in described(run, keys)][-lines:]
 
 
 def verify(flash: Flash, keys: Keyring | None) -> dict[str, Any]:
@@ -75,23 +78,31 @@ def _verdict(flash: Flash, check: str, found: Iterable[dict[str, Any]], *, whole
     return {"records": count, "unreadable": unreadable, "faults": faults, "whole": whole}
 
 
-def _rows(flash: Flash, lane: Lane, after: int = 0) -> Iterator[Row]:
-    while rows := flash.read(lane, after, READ_ROWS, READ_BYTES):
-        after = rows[-1].id
-        yield from (row for row in rows if row.sealed is not None)
+def _runs(flash: Flash, lane: Lane, after: int) -> Iterator[Run]:
+    sql = f"SELECT {COLUMNS} FROM {TABLES.format(lane.name)} WHERE r.id > ? ORDER BY r.id LIMIT {READ_ROWS}"
+    while rows := flash.execute(sql, (after,)):
+        runs = [Run(*row) for row in rows]
+        after = runs[-1].id
+        yield from (run for run in runs if run.sealed is not None)
 
 
-def described(row: Row, keys: Keyring | None) -> dict[str, Any]:
-    """Return a record for people; payload None when it cannot be unsealed."""
-    kind = KIND_NAMES.get(row.kind, str(row.kind))
-    payload = _payload(row, kind, keys)
-    return {
-        "id": row.id, "start": row.id >> 32, "counter": row.id & COUNTER_MAX, "kind": kind,
-        "level": row.level, "stored_at": row.at_s, "bytes": None if payload is None else len(payload),
-        "payload": None if payload is None else base64.b64encode(payload).decode(),
-    }  # fmt: skip
+def described(run: Run, keys: Keyring | None) -> Iterator[dict[str, Any]]:
+    """Yield the records of a run for people; payload None when it cannot be unsealed."""
+    kind = KIND_NAMES.get(run.kind, str(run.kind))
+    payloads = _payloads(run, kind, keys)
+    gone = unpacked(run.gone, run.id)
+    for at in range(run.n):
+        one = run.id + at
+        if one in gone:
+            continue
+        payload = payloads[at] if payloads else None
+        yield {
+            "id": one, "start": one >> 32, "counter": one & COUNTER_MAX, "kind": kind, "level": run.level,
+            "stored_at": run.at_s, "bytes": None if payload is None else len(payload),
+            "payload": None if payload is None else base64.b64encode(payload).decode(),
+        }  # fmt: skip
 
 
-def _payload(row: Row, kind: str, keys: Keyring | None) -> bytes | None:
-    sealer = keys.sealer(row.id >> 32) if keys is not None else None
-    return sealer.open(row.id, kind, row.level, row.sealed) if sealer and row.sealed is not None else None
+def _payloads(run: Run, kind: str, keys: Keyring | None) -> list[bytes] | None:
+    sealer = keys.sealer(run.id >> 32) if keys is not None else None
+    return sealer.open(run.id, run.n, kind, run.level, run.sealed) if sealer and run.sealed else None

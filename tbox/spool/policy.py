@@ -6,6 +6,8 @@ A core: time comes in as nanoseconds, rows come in as values. It never reads a f
 from __future__ import annotations
 
 import bisect
+import itertools
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,13 +16,17 @@ from tbox.model import NS_PER_S, Now, Record, TimeQuality
 
 # Evictions go this far below the cap, so that a full spool does not evict in every single tick.
 EVICTION_SLACK_PERCENT = 1
-# What a row costs beyond its sealed bytes: cell pointer, sizes, id, header, kind, level and time.
-ROW_OVERHEAD_BYTES = 28
+# What a row costs beyond its sealed bytes: cell pointer, sizes, id, header, length, kind, level and time.
+ROW_OVERHEAD_BYTES = 32
+# A run is lost whole when a bit of it is; beyond this many payload bytes a new one begins.
+RUN_BYTES_MAX = 32 * 1024
+RUN_RECORDS_MAX = 1024
 # The age limit waits this long after the wall clock was set or jumped, and calls this much a jump.
 CLOCK_SETTLE_S = 600
 CLOCK_JUMP_S = 60
 # How many reads one call may make when what it reads turns out to be in flight or doomed.
 READS_MAX = 4
+_OFFSETS = struct.Struct("<HH")
 
 
 class IdRanges:
@@ -43,6 +49,27 @@ class IdRanges:
             last = max(last, self._ends[hi - 1])
         self._starts[lo:hi] = [first]
         self._ends[lo:hi] = [last]
+
+    def within(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of the set that lie in first..last."""
+        for at in range(bisect.bisect_left(self._ends, first), len(self._ends)):
+            if self._starts[at] > last:
+                return
+            yield max(first, self._starts[at]), min(last, self._ends[at])
+
+    def without(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of first..last that are not in the set."""
+        for begin, end in self.within(first, last):
+            if first < begin:
+                yield first, begin - 1
+            first = end + 1
+        if first <= last:
+            yield first, last
+
+    def end_of(self, one: int) -> int:
+        """Return the end of the range that `one` is in, 0 when it is in none."""
+        at = bisect.bisect_left(self._ends, one)
+        return self._ends[at] if at < len(self._ends) and self._starts[at] <= one else 0
 
     def __contains__(self, one: int) -> bool:
         at = bisect.bisect_right(self._starts, one) - 1
@@ -99,7 +126,43 @@ def lane_of(record: Record) -> Lane:
     return ALARM if record.is_alarm else ROUTINE
 
 
-# (lane, after this id, rows at most, bytes at most) -> records in order of id, and the id read up to
+def runs_of(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Cut records into runs: consecutive ids of one kind and level, up to the limits of a run."""
+    run: list[Record] = []
+    next_id = size_bytes = 0
+    for record in records:
+        size_bytes += len(record.payload)
+        if (
+            record.id != next_id
+            or record.level != run[0].level
+            or record.kind != run[0].kind
+            or size_bytes > RUN_BYTES_MAX
+            or len(run) == RUN_RECORDS_MAX
+        ):
+            if run:
+                yield run
+            run, size_bytes = [], len(record.payload)
+        run.append(record)
+        next_id = record.id + 1
+    if run:
+        yield run
+
+
+def ranges_of(ids: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Cut ids, which come in rising order, into ranges."""
+    first = last = 0
+    for one in ids:
+        if one != last + 1 or not last:
+            if last:
+                yield first, last
+            first = one
+        last = one
+    if last:
+        yield first, last
+
+
+# (lane, after this id, records at most, bytes at most) -> stored records in order of id, and the id read up
+# to; the last run comes whole, so more may come than was asked for
 Reader = Callable[[Lane, int, int, int], tuple[list[Record], int | None]]
 
 
@@ -114,8 +177,9 @@ class Drain:
     """Who is sent next: fresh alarms, stored alarms, live, then backlog as far as the token bucket lets it.
 
     Live is what was not offered since it was appended and still is in RAM; the rest is read from flash in
-    order of id. Each row is read once per link: the cursor only moves back when the link died (`requeue`)
-    or when live records had to leave RAM (`trim`).
+    order of id, and only when there is nothing livelier to give out: nothing fresh waits for a read. Each run
+    is read once per link: the cursor only moves back when the link died (`requeue`) or when live records had
+    to leave RAM (`trim`).
     """
 
     def __init__(self, backlog_records: TokenBucket, backlog_bytes: TokenBucket) -> None:
@@ -136,57 +200,73 @@ class Drain:
 
     def offer(self, mono_ns: int, room: int, read: Reader, bytes_max: int) -> list[Record]:
         """Return at most `room` records in drain order and mark them in flight."""
-        out: list[Record] = []
-        self._take_fresh(ALARM, room, out)
-        self._take_stored(ALARM, room - len(out), bytes_max, read, out)
-        self._take_fresh(ROUTINE, room - len(out), out)
-        tokens = int(min(room - len(out), self._records.available(mono_ns)))
-        byte_tokens = self._bytes.available(mono_ns)
+        out = self._take_fresh(ALARM, room)
+        out += self._take_stored(ALARM, room - len(out), bytes_max, read)
+        out += self._take_fresh(ROUTINE, room - len(out))
+        if out:
+            return out
+        tokens = int(min(room, self._records.available(mono_ns)))
+        byte_tokens = int(self._bytes.available(mono_ns))
         if tokens > 0 and byte_tokens > 0:
-            backlog: list[Record] = []
-            self._take_stored(ROUTINE, tokens, min(bytes_max, int(byte_tokens) + 1), read, backlog)
-            self._records.take(len(backlog))
-            self._bytes.take(sum(len(record.payload) for record in backlog))
-            out += backlog
+            out = self._take_stored(ROUTINE, tokens, min(bytes_max, byte_tokens), read)
+            self._records.take(len(out))
+            self._bytes.take(sum(len(record.payload) for record in out))
         return out
 
-    def _take_fresh(self, lane: Lane, room: int, out: list[Record]) -> None:
+    def _take_fresh(self, lane: Lane, room: int) -> list[Record]:
         state = self._lanes[lane]
-        while room > 0 and state.fresh:
-            one = next(iter(state.fresh))
-            record = state.fresh.pop(one)
+        out = list(itertools.islice(state.fresh.values(), max(0, room)))
+        for record in out:
+            del state.fresh[record.id]
             state.fresh_bytes -= len(record.payload)
-            self._fly(record, out)
-            room -= 1
+        self._fly(lane, out)
+        return out
 
-    def _take_stored(self, lane: Lane, room: int, bytes_max: int, read: Reader, out: list[Record]) -> None:
+    def _take_stored(self, lane: Lane, room: int, bytes_max: int, read: Reader) -> list[Record]:
         state = self._lanes[lane]
+        taken: list[Record] = []
         for _ in range(READS_MAX):
             if room <= 0 or bytes_max <= 0:
-                return
+                break
             records, upto = read(lane, state.cursor, room, bytes_max)
             if upto is None:
-                return
+                break
             state.cursor = upto
-            for record in records:
+            for number, record in enumerate(records):
+                if room <= 0 or bytes_max <= 0:
+                    state.cursor = records[number - 1].id
+                    break
                 if record.id in self.in_flight or record.id in state.fresh or record.id in self.gone:
                     continue
-                self._fly(record, out)
+                taken.append(record)
                 room -= 1
                 bytes_max -= len(record.payload)
+        self._fly(lane, taken)
+        return taken
 
-    def _fly(self, record: Record, out: list[Record]) -> None:
-        self.in_flight[record.id] = lane_of(record)
-        self._again.pop(record.id, None)
-        out.append(record)
+    def _fly(self, lane: Lane, records: Sequence[Record]) -> None:
+        self.in_flight.update(dict.fromkeys((record.id for record in records), lane))
+        if self._again:
+            for record in records:
+                self._again.pop(record.id, None)
 
-    def ack(self, one: int) -> Lane | None:
-        """Take one acknowledgement; return the lane of the record, None when it is not held any more."""
-        lane = self.in_flight.pop(one, None)
-        if lane is None:
-            lane = self._again.pop(one, None)
-            self._forget(one)
-        return lane
+    def ack(self, ids: Iterable[int]) -> dict[Lane, list[int]]:
+        """Take acknowledgements; return the ids by lane, in order, without those not held any more."""
+        held: dict[Lane, list[int]] = {lane: [] for lane in LANES}
+        for one in ids:
+            lane = self.in_flight.pop(one, None)
+            if lane is None:
+                lane = self._again.pop(one, None)
+                self._forget(one)
+            if lane is not None:
+                held[lane].append(one)
+        for ones in held.values():
+            ones.sort()
+        return held
+
+    def is_flying(self, first: int, last: int) -> bool:
+        """Whether one of these ids is in flight."""
+        return bool(self.in_flight) and not self.in_flight.keys().isdisjoint(range(first, last + 1))
 
     def requeue(self, in_open_tick: Callable[[int], Record | None]) -> None:
         """The link died: everything in flight is offered again, under its old id and in order of id."""
@@ -213,11 +293,12 @@ class Drain:
                     state.fresh_bytes -= len(state.fresh.pop(one).payload)
                     state.cursor = min(state.cursor, one - 1)
 
-    def drop(self, ids: Iterable[int]) -> None:
+    def drop(self, first: int, last: int) -> None:
         """These records will not be sent any more."""
-        for one in ids:
-            self._again.pop(one, None)
-            self._forget(one)
+        if self._again or self.fresh_count():
+            for one in range(first, last + 1):
+                self._again.pop(one, None)
+                self._forget(one)
 
     def committed(self) -> None:
         """What was gone is off the flash now."""
@@ -243,13 +324,31 @@ class Drain:
         state.fresh_bytes = sum(len(record.payload) for record in records.values())
 
 
-class StoredRow(NamedTuple):
-    """A row as eviction sees it. at_s: Unix time of its commit, None while nobody vouched for the clock."""
+class StoredRun(NamedTuple):
+    """A run as eviction sees it. at_s: Unix time of its commit, None while nobody vouched for the clock."""
 
     id: int
+    n: int
     kind: int
     at_s: int | None
     sealed_bytes: int
+    gone: bytes | None  # what of it is gone, as `partly` keeps it
+
+    @property
+    def last_id(self) -> int:
+        return self.id + self.n - 1
+
+
+def packed(ranges: IdRanges, first_id: int) -> bytes:
+    """Return what of a run is gone as it stands in `partly`: offsets of range ends from its first id."""
+    return b"".join(_OFFSETS.pack(first - first_id, last - first_id) for first, last in ranges)
+
+
+def unpacked(gone: bytes | None, first_id: int) -> IdRanges:
+    ranges = IdRanges()
+    for first, last in _OFFSETS.iter_unpack(gone or b""):
+        ranges.add(first_id + first, first_id + last)
+    return ranges
 
 
 @dataclass
@@ -262,17 +361,12 @@ class Dropped:
     first_id: int = 0
     last_id: int = 0
 
-    def add(self, one: int, size_bytes: int) -> None:
-        self.first_id = min(self.first_id, one) if self.told else one
-        self.last_id = max(self.last_id, one)
-        self.count += 1
-        self.bytes += size_bytes
-
-    def add_range(self, first: int, last: int, count: int) -> None:
+    def add(self, first: int, last: int, count: int, size_bytes: int = 0) -> None:
         """Add `count` records that lie somewhere in first..last."""
         self.first_id = min(self.first_id, first) if self.told else first
         self.last_id = max(self.last_id, last)
         self.count += count
+        self.bytes += size_bytes
 
     @property
     def told(self) -> bool:
@@ -291,29 +385,31 @@ def evict_target_bytes(quota_bytes: int) -> int:
     return quota_bytes - max(quota_bytes * EVICTION_SLACK_PERCENT // 100, 1)
 
 
-def pick_oldest(rows: Sequence[StoredRow], excess_bytes: int, keep: Callable[[int], bool]) -> list[StoredRow]:
-    """Return the oldest rows that free `excess_bytes` together, without those to keep (in flight, gone)."""
-    picked: list[StoredRow] = []
-    for row in rows:
+def pick_oldest(
+    runs: Sequence[StoredRun], excess_bytes: int, keep: Callable[[int, int], bool]
+) -> list[StoredRun]:
+    """Return the oldest runs that free `excess_bytes` together, without those to keep."""
+    picked: list[StoredRun] = []
+    for run in runs:
         if excess_bytes <= 0:
             break
-        if not keep(row.id):
-            picked.append(row)
-            excess_bytes -= row.sealed_bytes + ROW_OVERHEAD_BYTES
+        if not keep(run.id, run.last_id):
+            picked.append(run)
+            excess_bytes -= run.sealed_bytes + ROW_OVERHEAD_BYTES
     return picked
 
 
 def pick_expired(
-    rows: Sequence[StoredRow], wall_s: int, age_max_s: dict[int, int], keep: Callable[[int], bool]
-) -> list[StoredRow]:
-    """Return the rows older than their kind's age limit. A row whose time is not known never expires."""
+    runs: Sequence[StoredRun], wall_s: int, age_max_s: dict[int, int], keep: Callable[[int, int], bool]
+) -> list[StoredRun]:
+    """Return the runs older than their kind's age limit. A run whose time is not known never expires."""
     return [
-        row
-        for row in rows
-        if row.at_s is not None
-        and row.kind in age_max_s
-        and wall_s - row.at_s > age_max_s[row.kind]
-        and not keep(row.id)
+        run
+        for run in runs
+        if run.at_s is not None
+        and run.kind in age_max_s
+        and wall_s - run.at_s > age_max_s[run.kind]
+        and not keep(run.id, run.last_id)
     ]
 
 

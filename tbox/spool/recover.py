@@ -1,29 +1,30 @@
-"""A damaged spool file is put aside and its rows are fetched back one by one. Never writes to that file.
+"""A damaged spool file is put aside and its runs are fetched back one by one. Never writes to that file.
 
-Putting aside is two renames, log first, and can be cut between them: `finish_setting_aside` ends it. A scan
-stops at a damaged page, so what a scan cannot reach is looked up id by id.
+Putting aside is two renames, log first, and can be cut between them: `finish_setting_aside` ends it. Both
+tables are walked side by side in order of id, and only a run that unseals counts: whatever ids are missing
+between two of them are told, since nobody can say any more whether they were acknowledged or lost.
 """
 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import sqlite3
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from tbox.durable import Storage
-from tbox.spool.flash import FILE_NAME, Connect, Row
-from tbox.spool.policy import LANES, Lane
+from tbox.spool.flash import FILE_NAME, Connect, Run, is_sound
+from tbox.spool.policy import LANES, RUN_RECORDS_MAX, Lane
 from tbox.spool.schema import Connection
 
 DAMAGED_NAME = f"{FILE_NAME}.damaged-"
 LOG_SUFFIX = "-wal"
-SCAN_ROWS = 64
-# Ids looked up one by one around one damaged place: a page holds a few rows. It bounds one tick's work.
+# Ids tried one by one behind a damaged place, then in steps that double: a leaf page holds a few runs.
 LOOKUPS_MAX = 4096
 # A seek behind the damage goes this far at most: ids of one start are a 32-bit counter.
 SEEK_IDS_MAX = 1 << 40
+ID_MAX = (1 << 63) - 1
 
 
 def set_aside(storage: Storage, directory: str, tag: int) -> str:
@@ -54,124 +55,130 @@ def finish_setting_aside(storage: Storage, directory: str) -> list[str]:
 
 
 def remove_aside(storage: Storage, directory: str, name: str) -> None:
-    """Delete a file put aside whose rows are safe again: the log first, so that no log is left alone."""
-    for path in (f"{directory}/{name}{LOG_SUFFIX}", f"{directory}/{name}"):
-        if storage.exists(path):
-            storage.unlink(path)
-            storage.fsync_dir(directory)
+    """Delete a file put aside whose runs are safe again.
+
+    Its log goes first and for good, whoever deleted it (SQLite does, when it closes the file): a log that is
+    left alone looks like a cut between the two renames, and the new file would be put aside.
+    """
+    log = f"{directory}/{name}{LOG_SUFFIX}"
+    if storage.exists(log):
+        storage.unlink(log)
+    storage.fsync_dir(directory)
+    if storage.exists(f"{directory}/{name}"):
+        storage.unlink(f"{directory}/{name}")
+        storage.fsync_dir(directory)
 
 
-class Lost(NamedTuple):
-    """Ids that could not be read: at most `records` of them between first and last."""
-
-    first: int
-    last: int
-    records: int
-
-
-@dataclass
-class Found:
-    """A portion of what came back. done: the lane's last portion."""
+class Found(NamedTuple):
+    """A run that came back, or a range of ids (run None) of which nobody knows what was still held."""
 
     lane: Lane
-    rows: list[Row] = field(default_factory=list)
-    lost: list[Lost] = field(default_factory=list)
-    upto: int = 0
-    done: bool = False
+    run: Run | None
+    first: int
+    last: int
 
 
-def salvage(path: str, connect: Connect, after: Callable[[Lane], int]) -> Iterator[Found]:
-    """Yield what can be read of a damaged file, portion by portion, each lane in order of id.
+Whole = Callable[[Run], bool]
 
-    after: the id up to which a lane was salvaged before. A file that cannot be opened at all yields one
-    Lost over everything.
+
+def salvage(path: str, connect: Connect, after: Callable[[Lane], int], whole: Whole) -> Iterator[Found]:
+    """Yield what can be read of a damaged file and every gap in it, in order of id.
+
+    after: the id up to which a lane was salvaged before. whole: whether a run is what was sealed. A file
+    that cannot be opened at all yields one gap over everything.
     """
     try:
         db = connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()
         db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.Error:
-        for lane in LANES:
-            yield Found(lane, lost=[Lost(1, (1 << 63) - 1, 0)], done=True)
+        yield Found(LANES[0], None, 1, ID_MAX)
         return
     try:
-        for lane in LANES:
-            yield from _salvage_lane(db, lane, after(lane))
-            yield Found(lane, done=True)
+        lanes = [_salvage_lane(db, lane, after(lane), whole) for lane in LANES]
+        yield from _with_gaps(heapq.merge(*lanes, key=lambda found: found.first), max(map(after, LANES)))
     finally:
         with contextlib.suppress(sqlite3.Error):
             db.close()
 
 
-def _salvage_lane(db: Connection, lane: Lane, after: int) -> Iterator[Found]:
-    highest = _highest(db, lane)
-    while True:
+def _with_gaps(founds: Iterable[Found], upto: int) -> Iterator[Found]:
+    """Add the gaps between good neighbours. What is before the first is a gap only where damage was seen."""
+    upto_known = upto > 0
+    for found in founds:
+        if upto_known and found.first > upto + 1:
+            yield Found(found.lane, None, upto + 1, found.first - 1)
+        yield found
+        upto, upto_known = max(upto, found.last), True
+
+
+def _salvage_lane(db: Connection, lane: Lane, after: int, whole: Whole) -> Iterator[Found]:
+    """Yield a lane's whole runs in order of id; where it is damaged, the range up to where it goes on.
+
+    A table is walked from its beginning with one cursor as long as that goes, over what was salvaged before
+    too: a look-up inside a damaged page may miss rows that a walk still passes.
+    """
+    first: int | None = 0
+    while first is not None:
+        doubtful = False  # something stood here that is not what was sealed
         try:
-            rows = _rows(db, lane, "id > ? ORDER BY id LIMIT ?", after, SCAN_ROWS)
+            for run in _walk(db, lane, first, after):
+                if run.last_id <= after:
+                    doubtful |= run.id > after or not 1 <= run.n <= RUN_RECORDS_MAX
+                    continue
+                if run.id <= after or not 1 <= run.n <= RUN_RECORDS_MAX or not whole(run):
+                    doubtful = True
+                    continue
+                if doubtful and run.id > after + 1:
+                    yield Found(lane, None, after + 1, run.id - 1)
+                yield Found(lane, run, run.id, run.last_id)
+                after, doubtful = run.last_id, False
+            first = None
         except sqlite3.Error:
-            found = _around_damage(db, lane, after, highest)
-            yield found
-            if found.done:
-                return
-            after = found.upto
-            continue
-        if not rows:
-            return
-        after = rows[-1].id
-        yield Found(lane, rows, upto=after)
+            doubtful, first = True, _seek(db, lane, after, whole)
+        end = ID_MAX if first is None else first - 1
+        if doubtful and end > after:
+            yield Found(lane, None, after + 1, end)
 
 
-def _highest(db: Connection, lane: Lane) -> int | None:
-    """Return the last id of a table, None when the way to it is damaged."""
+def _walk(db: Connection, lane: Lane, first: int, after: int) -> Iterator[Run]:
+    """Yield the runs from an id on. A cursor that meets damage keeps back the row before it: ask for that."""
+    sealed = "CASE WHEN id > ? THEN sealed ELSE x'' END"  # what was salvaged before is passed over unread
+    sql = f"SELECT id, n, kind, level, at, {sealed} FROM {lane.name} WHERE id >= ? ORDER BY id"
+    try:
+        cursor = db.execute(sql, (after, first))
+        while (row := cursor.fetchone()) is not None:
+            yield from _run_of(db, row)
+            first = row[0] + 1
+    except sqlite3.Error:
+        while (row := db.execute(f"{sql} LIMIT 1", (after, first)).fetchone()) is not None:
+            yield from _run_of(db, row)
+            first = row[0] + 1
+
+
+def _run_of(db: Connection, row: Any) -> Iterator[Run]:
+    if row[5] is not None:
+        sound = is_sound(row[1], row[2], row[3], row[5])
+        yield Run(*row)._replace(gone=_gone(db, row[0])) if sound else Run(row[0], 0, 0, 0, None, b"")
+
+
+def _gone(db: Connection, one: int) -> bytes | None:
+    """Return what of a run is gone; where that cannot be read any more, all of it comes back."""
     with contextlib.suppress(sqlite3.Error):
-        row = db.execute(f"SELECT id FROM {lane.name} ORDER BY id DESC LIMIT 1").fetchone()
-        return int(row[0]) if row else 0
+        row = db.execute("SELECT gone FROM partly WHERE id = ?", (one,)).fetchone()
+        return row[0] if row else None
     return None
 
 
-def _around_damage(db: Connection, lane: Lane, after: int, highest: int | None) -> Found:
-    """Get past a damaged place: row by row up to it, then id by id to where a scan goes on again."""
-    near = _one_by_one(db, lane, after)
-    if near:
-        return Found(lane, near, upto=near[-1].id)
-    beyond = _seek(db, lane, after)
-    stop = after + LOOKUPS_MAX if beyond is None else min(max(beyond, after + 2), after + LOOKUPS_MAX)
-    end = beyond is None and (highest is None or highest < stop)
-    found = Found(lane, upto=max(stop, beyond or 0) - 1, done=end)
-    failed: list[int] = []
-    for one in range(after + 1, stop):
-        try:
-            found.rows += _rows(db, lane, "id = ? LIMIT ?", one, 1)
-        except sqlite3.Error:
-            failed.append(one)
-    if failed:
-        found.lost.append(Lost(failed[0], found.upto if beyond else failed[-1], len(failed)))
-    return found
-
-
-def _one_by_one(db: Connection, lane: Lane, after: int) -> list[Row]:
-    """Scan row by row as far as the damage lets it."""
-    rows: list[Row] = []
-    with contextlib.suppress(sqlite3.Error):
-        while len(rows) < SCAN_ROWS and (found := _rows(db, lane, "id > ? ORDER BY id LIMIT ?", after, 1)):
-            rows += found
-            after = rows[-1].id
-    return rows
-
-
-def _seek(db: Connection, lane: Lane, after: int) -> int | None:
-    """Return the nearest id behind the damage that a scan can start from; None when there is none."""
+def _seek(db: Connection, lane: Lane, after: int, whole: Whole) -> int | None:
+    """Return where the nearest whole run behind the damage begins; None when there is none."""
+    sql = f"SELECT id, n, kind, level, at, sealed FROM {lane.name} WHERE id >= ? ORDER BY id LIMIT 1"
     step = 1
     while step < SEEK_IDS_MAX:
-        try:
-            if rows := _rows(db, lane, "id >= ? ORDER BY id LIMIT ?", after + step, 1):
-                return rows[0].id
-        except sqlite3.Error:
-            pass
-        step += 1 if step < SCAN_ROWS else step
+        with contextlib.suppress(sqlite3.Error):
+            row = db.execute(sql, (after + step,)).fetchone()
+            for run in _run_of(db, row) if row else ():
+                if run.id >= after + step and run.n and whole(run):
+                    return run.id
+        step += 1 if step < LOOKUPS_MAX else step
     return None
-
-
-def _rows(db: Connection, lane: Lane, where: str, first: int, limit: int) -> list[Row]:
-    sql = f"SELECT id, kind, level, at, sealed FROM {lane.name} WHERE sealed IS NOT NULL AND {where}"
-    return [Row(*row) for row in db.execute(sql, (first, limit)).fetchall()]

@@ -42,26 +42,33 @@ class SpoolSchemaError(TboxError):
 
 
 _PEOPLE_VIEW = """
-SELECT id >> 32 AS start, id & 4294967295 AS counter, priority,
-       CASE kind {names} ELSE kind END AS kind, level,
-       datetime(at, 'unixepoch') AS stored_at, length(sealed) - 16 AS payload_bytes, id
-FROM (SELECT 'alarm' AS priority, * FROM alarm UNION ALL SELECT 'routine', * FROM routine)
+SELECT id >> 32 AS start, id & 4294967295 AS counter, n AS records, priority,
+       CASE kind {names} ELSE kind END AS kind, level, datetime(at, 'unixepoch') AS stored_at,
+       length(sealed) - 16 - CASE n WHEN 1 THEN 0 ELSE 4 * n END AS payload_bytes, id
+FROM (SELECT 'alarm' AS priority, id, n, kind, level, at, sealed FROM alarm
+      UNION ALL SELECT 'routine', id, n, kind, level, at, sealed FROM routine)
 WHERE sealed IS NOT NULL ORDER BY id
 """
 
 
 def _lay_tables(db: Any) -> None:
-    """Two tables by priority, starts with their wrapped keys, salvage under way, a view for people."""
-    record = {"id": int, "kind": int, "level": int, "at": int, "sealed": bytes}
+    """Two tables of runs by priority, what of them is gone, starts with their wrapped keys, a view.
+
+    A row is a run: the n records from id on, of one kind and level, committed and sealed together. Salvage:
+    how far a damaged file was fetched, and the ids that left while they were still away in it.
+    """
+    run = {"id": int, "n": int, "kind": int, "level": int, "at": int, "sealed": bytes}
     for name in ("alarm", "routine"):
-        db[name].create(record, pk="id")
+        db[name].create(run, pk="id")
+    db["partly"].create({"id": int, "gone": bytes}, pk="id")
+    db["away"].create({"first": int, "last": int}, pk="first")
     db["start"].create(
         {"start": int, "key_id": bytes, "wrapped": bytes, "clean": int, "last_id": int, "ledger": str},
         pk="start",
     )
     db["salvage"].create({"file": str, "alarm_after": int, "routine_after": int, "done": int}, pk="file")
     names = " ".join(f"WHEN {code} THEN '{kind}'" for kind, code in KIND_CODES.items())
-    db.create_view("records", _PEOPLE_VIEW.format(names=names))
+    db.create_view("runs", _PEOPLE_VIEW.format(names=names))
 
 
 Migration = Callable[[Any], None]

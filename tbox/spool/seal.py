@@ -1,16 +1,17 @@
 """Encryption at rest: AES-256-GCM under a random data key per start, wrapped by a device key. Logs no key.
 
-A record is sealed once: nonce = its id, which is never used twice under one data key; its id, kind and
-level are authenticated with it. Rotating the device key rewraps a few data keys and leaves the backlog alone.
+A run of records is sealed once. Nonce: its first id and its length, which under one data key always name
+the same records, so no nonce ever seals two texts. First id, length, kind and level are authenticated with
+it. Rotating the device key rewraps a few data keys and leaves the backlog alone.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import hmac
 import stat
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -18,11 +19,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tbox.durable import Storage
 from tbox.errors import TboxError
-from tbox.model import Record
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
 TAG_BYTES = 16
+LENGTH_BYTES = 4  # of each payload, in front of a run of several
 KEY_ID_BYTES = 8
 
 Random = Callable[[int], bytes]
@@ -55,17 +56,33 @@ def unwrap(device_key: bytes, start: int, wrapped: bytes) -> bytes | None:
         return None
 
 
-def _nonce(record_id: int) -> bytes:
-    return record_id.to_bytes(NONCE_BYTES, "big")
+def _nonce(first_id: int, n: int) -> bytes:
+    return struct.pack(">QI", first_id, n)
 
 
-def _aad(record_id: int, kind: str, level: int) -> bytes:
-    return _class_of(kind, level) + record_id.to_bytes(8, "big")
+def _aad(first_id: int, n: int, kind: str, level: int) -> bytes:
+    return b"%s %d %d %d" % (kind.encode(), level, n, first_id)
 
 
-@functools.lru_cache(maxsize=64)
-def _class_of(kind: str, level: int) -> bytes:
-    return f"{kind} {level} ".encode()
+def sealed_overhead_bytes(n: int) -> int:
+    """Return what sealing adds to the payloads of a run of n records."""
+    return TAG_BYTES + (LENGTH_BYTES * n if n > 1 else 0)
+
+
+def _joined(payloads: Sequence[bytes]) -> bytes:
+    if len(payloads) == 1:
+        return payloads[0]
+    return b"".join((struct.pack(f"<{len(payloads)}I", *map(len, payloads)), *payloads))
+
+
+def _parted(n: int, body: bytes) -> list[bytes]:
+    if n == 1:
+        return [body]
+    payloads, at = [], LENGTH_BYTES * n
+    for size in struct.unpack_from(f"<{n}I", body):
+        payloads.append(body[at : at + size])
+        at += size
+    return payloads
 
 
 class Sealer:
@@ -74,16 +91,18 @@ class Sealer:
     def __init__(self, data_key: bytes) -> None:
         self._aead = AESGCM(data_key)
 
-    def seal(self, record: Record) -> bytes:
-        aad = _aad(record.id, record.kind, record.level)
-        return self._aead.encrypt(_nonce(record.id), record.payload, aad)
+    def seal(self, first_id: int, kind: str, level: int, payloads: Sequence[bytes]) -> bytes:
+        """Return the payloads of consecutive records as one sealed body."""
+        n = len(payloads)
+        return self._aead.encrypt(_nonce(first_id, n), _joined(payloads), _aad(first_id, n, kind, level))
 
-    def open(self, record_id: int, kind: str, level: int, sealed: bytes) -> bytes | None:
-        """Return the payload, or None when a bit of it, of its id, kind or level is not as it was sealed."""
+    def open(self, first_id: int, n: int, kind: str, level: int, sealed: bytes) -> list[bytes] | None:
+        """Return the payloads, or None when a bit of the body or of what it is bound to has changed."""
         try:
-            return self._aead.decrypt(_nonce(record_id), sealed, _aad(record_id, kind, level))
+            body = self._aead.decrypt(_nonce(first_id, n), sealed, _aad(first_id, n, kind, level))
         except (InvalidTag, ValueError):
             return None
+        return _parted(n, body)
 
 
 def read_key(storage: Storage, path: str) -> bytes | None:

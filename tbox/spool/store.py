@@ -22,7 +22,18 @@ from tbox.errors import TboxError
 from tbox.ledger import Ledger
 from tbox.model import COUNTER_BITS, NS_PER_S, Draft, Level, Now, Record
 from tbox.spool.ballast import Ballast
-from tbox.spool.flash import FILE_NAME, Connect, Flash, Row, StartRow, first_id, is_busy, is_damage, is_full
+from tbox.spool.flash import (
+    FILE_NAME,
+    Connect,
+    Damaged,
+    Flash,
+    Run,
+    StartRow,
+    first_id,
+    is_busy,
+    is_damage,
+    is_full,
+)
 from tbox.spool.keyring import (
     KEY_FILE_NAME,
     Keyring,
@@ -42,29 +53,32 @@ from tbox.spool.policy import (
     IdRanges,
     Lane,
     SettledClock,
-    StoredRow,
+    StoredRun,
     TokenBucket,
     evict_target_bytes,
     lane_of,
     pick_expired,
     pick_oldest,
+    ranges_of,
+    runs_of,
     trusted_wall_s,
+    unpacked,
 )
 from tbox.spool.recover import Found, finish_setting_aside, remove_aside, salvage, set_aside
 from tbox.spool.schema import KIND_CODES, KIND_NAMES
-from tbox.spool.seal import TAG_BYTES, Random
+from tbox.spool.seal import Random, sealed_overhead_bytes
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
 
-READ_BYTES_MAX = 256 * 1024  # payload read from flash in one offer: live records wait for it
-READ_ROWS_MAX = 256
+READ_BYTES_MAX = 64 * 1024  # payload read from flash in one offer: a record that comes meanwhile waits for it
+READ_RECORDS_MAX = 256
 EVICT_ROWS_READ = 256
 # Pages the drop record and the tables' inner nodes may still need after an eviction.
 EVICTION_HEADROOM_BYTES = 8 * 1024
 SWEEP_ROWS_PER_TICK = 256  # rows looked at for their age
-SALVAGE_ROWS_PER_TICK = 512
+SALVAGE_RUNS_PER_TICK = 512
 COMMIT_BYTES_MAX = 1024 * 1024  # one transaction; less than what the hard cap leaves above the quota
 COUNT_ROWS_AT_OPEN = 8192  # backlog of earlier starts counted before the first tick
 COUNT_ROWS_PER_TICK = 2048
@@ -72,6 +86,7 @@ RETRY_S_FIRST = 1.0
 RETRY_S_MAX = 30.0
 RAM_REPORT_S = 60.0  # how often a full RAM ring says what it dropped
 EARLIER_STARTS_MAX = 16
+CAUSES = ("damage", "age", "quota")
 
 
 class SpoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -194,12 +209,13 @@ class Spool:
         self._open: dict[int, Record] = {}  # appended and not known to be committed
         self._open_bytes = 0
         self._alarm_waits = False
-        self._in_doubt = (
-            False  # the last commit failed: what is in the open tick may be on flash all the same
-        )
         # lane -> id up to which the backlog of earlier starts is counted; a lane leaves when it is done
         self._uncounted_after: dict[Lane, int] = dict.fromkeys(LANES, 0)
-        self._damaged, self._expired = Dropped("damage"), Dropped("age")
+        self._dropped = {cause: Dropped(cause) for cause in CAUSES}  # and not told yet
+        # What the last commit tried to write: should that fail, it is tried again run by run as it was, for
+        # it may be on flash all the same.
+        self._tried: list[tuple[Lane, Run]] = []
+        self._unsealed: tuple[int, list[Record]] = (0, [])  # the run read last: id, what is held of it
         self._settled_clock = SettledClock()
         self._meter = WriteMeter()
         self._ballast: Ballast | None = None
@@ -208,7 +224,7 @@ class Spool:
         self._salvage_ended = False
         self._salvaging_moved = False  # something of it waits for the next commit
         self._salvaged_upto: dict[Lane, int] = dict.fromkeys(LANES, 0)
-        self._returned: list[tuple[Lane, Row]] = []
+        self._returned: list[tuple[Lane, Run]] = []
         self._returned_bytes = 0
         self._left_since = IdRanges()  # acknowledged or dropped while a salvage is under way
         self._awaiting = 0  # held records that went with a file which was damaged while we ran
@@ -254,50 +270,64 @@ class Spool:
 
     def ack(self, ids: Iterable[int]) -> None:
         """Take PUBACKs. What was never on flash is forgotten at once, the rest at the next tick."""
-        for one in ids:
-            lane = self._drain.ack(one)
-            if lane is None:
-                continue
-            self._leave(one, lane)
-            self._account.out += 1
-            record = self._open.pop(one, None)
-            if record is not None:
-                self._open_bytes -= len(record.payload)
-            if record is None or self._in_doubt:
-                self._drain.gone.add(one)
+        for lane, ones in self._drain.ack(ids).items():
+            self._account.out += len(ones)
+            for first, last in ranges_of(ones):
+                self._leave(lane, first, last)
+            for first, last in ranges_of([one for one in ones if not self._forget_open(one)]):
+                self._drain.gone.add(first, last)
+
+    def _forget_open(self, one: int) -> bool:
+        """Take a record out of the open tick; return whether that was all there is of it."""
+        record = self._open.pop(one, None)
+        if record is None:
+            return False
+        self._open_bytes -= len(record.payload)
+        return not self._tried
 
     def requeue(self) -> None:
         """The link died: everything in flight will be offered again under its old id."""
         self._drain.requeue(self._open.get)
 
-    def _read(self, lane: Lane, after: int, rows_max: int, bytes_max: int) -> tuple[list[Record], int | None]:
-        """Read stored records for the drain; rows that cannot be unsealed are dropped and counted."""
-        if self._flash is None or self._keys is None:
+    def _read(
+        self, lane: Lane, after: int, records_max: int, bytes_max: int
+    ) -> tuple[list[Record], int | None]:
+        """Read stored records for the drain. A run that does not unseal sends the file to the salvage."""
+        if self._flash is None:
             return [], None
+        first, ahead = self._unsealed
+        if ahead and first <= after < ahead[-1].id and lane_of(ahead[0]) is lane:
+            return [record for record in ahead if record.id > after], ahead[-1].id
         try:
-            rows = self._flash.read(lane, after, min(rows_max, READ_ROWS_MAX), bytes_max)
+            runs = self._flash.read(lane, after, min(records_max, READ_RECORDS_MAX), bytes_max)
+            records = [record for run in runs for record in self._records_of(run)]
         except sqlite3.Error as error:
             self._flash_failed(error)
             return [], None
-        records = []
-        for row in rows:
-            if row.sealed is None or row.id in self._drain.gone:
-                continue
-            record = self._unseal(self._keys, row)
-            if record is not None:
-                records.append(record)
-            elif row.id not in self._drain.in_flight:
-                self._doom(lane, [StoredRow(row.id, row.kind, row.at_s, len(row.sealed))], self._damaged)
-        return records, rows[-1].id if rows else None
+        if runs and runs[0].id <= after:
+            records = [record for record in records if record.id > after]
+        return records, runs[-1].last_id if runs else None
 
-    @staticmethod
-    def _unseal(keys: Keyring, row: Row) -> Record | None:
-        sealer = keys.sealer(row.id >> COUNTER_BITS)
-        kind = KIND_NAMES.get(row.kind)
-        if sealer is None or kind is None or row.sealed is None:
-            return None
-        payload = sealer.open(row.id, kind, row.level, row.sealed)
-        return None if payload is None else Record(row.id, kind, row.level, payload)
+    def _records_of(self, run: Run) -> list[Record]:
+        """Return what is still held of a run. Raises Damaged when it is not what was sealed."""
+        if run.sealed is None:
+            return []
+        payloads = self._unseal(run)
+        if payloads is None:
+            raise Damaged(f"run {run.id} does not unseal")
+        kind = KIND_NAMES[run.kind]
+        records = [Record(run.id + at, kind, run.level, payload) for at, payload in enumerate(payloads)]
+        if run.gone is not None:
+            gone = unpacked(run.gone, run.id)
+            records = [record for record in records if record.id not in gone]
+        self._unsealed = run.id, records
+        return records
+
+    def _unseal(self, run: Run) -> list[bytes] | None:
+        assert self._keys is not None and run.sealed is not None
+        sealer = self._keys.sealer(run.id >> COUNTER_BITS)
+        kind = KIND_NAMES.get(run.kind)
+        return sealer.open(run.id, run.n, kind, run.level, run.sealed) if sealer and kind else None
 
     # --- the tick -------------------------------------------------------------------------------------
 
@@ -343,31 +373,44 @@ class Spool:
 
     def _has_work(self) -> bool:
         salvage = self._salvaging_moved or self._salvage_ended
-        return bool(self._open or self._drain.gone or self._damaged.told or self._expired.told or salvage)
+        return bool(self._open or self._tried or self._drain.gone or salvage or self._told_of())
 
     def _commit(self, now: Now) -> None:
         """One transaction: inserts, acknowledged ranges, evictions and the records that tell of them."""
         assert self._flash is not None
         flash = self._flash
-        portion = self._portion()
-        self._in_doubt = True
         flash.begin()
-        self._insert(flash, portion, now)
+        if not self._tried:
+            self._tried = self._sealed(self._portion(), now)
+        self._insert(flash, self._tried)
         self._insert_salvaged(flash)
+        if self._aside:
+            flash.note_away(self._drain.gone)
         flash.delete(self._drain.gone)
-        dropped = [self._damaged, self._expired, self._make_room(flash)]
-        told = [self._mint_drop(one, now) for one in dropped if one.told]
-        self._damaged, self._expired = Dropped("damage"), Dropped("age")
-        self._insert(flash, told, now)
+        self._make_room(flash)
+        told = [self._mint_drop(one, now) for one in self._told_of()]
+        self._dropped = {cause: Dropped(cause) for cause in CAUSES}
+        sealed = self._sealed(told, now)
+        self._tried += sealed
+        self._insert(flash, sealed)
         flash.commit()
-        self._in_doubt = False
-        for record in [*portion, *told]:
-            del self._open[record.id]
-            self._open_bytes -= len(record.payload)
+        self._settle()
+
+    def _settle(self) -> None:
+        """The transaction is on flash."""
+        for _, run in self._tried:
+            for one in range(run.id, run.last_id + 1):
+                record = self._open.pop(one, None)
+                self._open_bytes -= len(record.payload) if record else 0
+        self._tried = []
+        self._unsealed = 0, []
         self._alarm_waits = any(record.is_alarm for record in self._open.values())
         self._drain.committed()
         self._settle_salvaged()
         self._drain.trim(self._settings.live_records_max, self._settings.live_bytes_max, self._open.get)
+
+    def _told_of(self) -> list[Dropped]:
+        return [one for one in self._dropped.values() if one.told]
 
     def _portion(self) -> list[Record]:
         """Return the oldest open records, as many as one transaction may add beyond the cap."""
@@ -382,20 +425,22 @@ class Spool:
             left_bytes -= len(record.payload)
         return portion
 
-    def _insert(self, flash: Flash, records: Sequence[Record], now: Now) -> None:
-        assert self._keys is not None
+    def _sealed(self, records: Sequence[Record], now: Now) -> list[tuple[Lane, Run]]:
         at_s = trusted_wall_s(now)
-        by_lane: dict[Lane, list[Row]] = {lane: [] for lane in LANES}
-        for record in records:
-            by_lane[lane_of(record)].append(self._sealed(self._keys, record, at_s))
-        for lane, rows in by_lane.items():
-            flash.insert(lane, rows)
+        return [(lane_of(run[0]), self._sealed_run(run, at_s)) for run in runs_of(records)]
+
+    def _sealed_run(self, records: Sequence[Record], at_s: int | None) -> Run:
+        assert self._keys is not None
+        first = records[0]
+        sealer = self._keys.sealer(first.start)
+        assert sealer is not None, first.start
+        sealed = sealer.seal(first.id, first.kind, first.level, [record.payload for record in records])
+        return Run(first.id, len(records), KIND_CODES[first.kind], first.level, at_s, sealed)
 
     @staticmethod
-    def _sealed(keys: Keyring, record: Record, at_s: int | None) -> Row:
-        sealer = keys.sealer(record.start)
-        assert sealer is not None, record.start
-        return Row(record.id, KIND_CODES[record.kind], record.level, at_s, sealer.seal(record))
+    def _insert(flash: Flash, runs: Sequence[tuple[Lane, Run]]) -> None:
+        for lane in LANES:
+            flash.insert(lane, [run for its, run in runs if its is lane])
 
     def _mint_drop(self, dropped: Dropped, now: Now) -> Record:
         """Make the record that tells a loss. It has alarm priority, so that it outlives what it tells of."""
@@ -406,52 +451,67 @@ class Spool:
 
     # --- eviction -------------------------------------------------------------------------------------
 
-    def _make_room(self, flash: Flash) -> Dropped:
+    def _make_room(self, flash: Flash) -> None:
         """Evict inside the open transaction until the pages in use fit the cap again."""
-        dropped = Dropped("quota")
         if flash.used_bytes() <= self._settings.quota_bytes - EVICTION_HEADROOM_BYTES:
-            return dropped
+            return
         target = evict_target_bytes(self._settings.quota_bytes - EVICTION_HEADROOM_BYTES)
         for lane, events_too in ((ROUTINE, False), (ROUTINE, True), (ALARM, False)):
-            self._evict_lane(flash, lane, events_too, target, dropped)
-        return dropped
+            self._evict_lane(flash, lane, events_too, target)
 
-    def _evict_lane(self, flash: Flash, lane: Lane, events_too: bool, target: int, dropped: Dropped) -> None:
+    def _evict_lane(self, flash: Flash, lane: Lane, events_too: bool, target: int) -> None:
         """Evict the oldest of one lane; events last: drop and start records are the frame of the proof."""
         after = 0
         while (excess := flash.used_bytes() - target) > 0:
-            rows = flash.sizes(lane, after, EVICT_ROWS_READ)
-            if not rows:
+            runs = flash.sizes(lane, after, EVICT_ROWS_READ)
+            if not runs:
                 return
             picked = pick_oldest(
-                [row for row in rows if events_too or row.kind != KIND_CODES["event"]],
+                [run for run in runs if events_too or run.kind != KIND_CODES["event"]],
                 excess,
-                lambda one: one in self._drain.in_flight or one in self._drain.gone,
+                self._drain.is_flying,
             )
-            after = (picked or rows)[-1].id
-            self._doom(lane, picked, dropped)
-            flash.delete(IdRanges(row.id for row in picked))
+            after = (picked or runs)[-1].last_id
+            flash.delete(self._doom(flash, lane, picked, self._dropped["quota"]))
 
-    def _doom(self, lane: Lane, rows: Sequence[StoredRow], dropped: Dropped) -> None:
-        """These stored records are given up; the next commit takes them off the flash."""
-        for row in rows:
-            dropped.add(row.id, row.sealed_bytes - TAG_BYTES)
-            self._drain.gone.add(row.id)
-            self._leave(row.id, lane)
-        self._drain.drop(row.id for row in rows)
-        self._account.drop(dropped.cause, len(rows))
+    def _doom(self, flash: Flash, lane: Lane, runs: Sequence[StoredRun], dropped: Dropped) -> IdRanges:
+        """These stored runs are given up; the next commit takes them off the flash. Returns their ids."""
+        doomed = IdRanges()
+        for run in runs:
+            gone = unpacked(run.gone, run.id)
+            for first, last in self._drain.gone.within(run.id, run.last_id):
+                gone.add(first, last)
+            count = run.n - len(gone)
+            dropped_before = dropped.count
+            for first, last in gone.without(run.id, run.last_id):
+                dropped.add(first, last, last - first + 1)
+                self._leave(lane, first, last)
+            assert dropped.count == dropped_before + count
+            dropped.bytes += self._held_bytes(flash, lane, run, gone)
+            doomed.add(run.id, run.last_id)
+            self._drain.gone.add(run.id, run.last_id)
+            self._drain.drop(run.id, run.last_id)
+            self._account.drop(dropped.cause, count)
+        return doomed
+
+    def _held_bytes(self, flash: Flash, lane: Lane, run: StoredRun, gone: IdRanges) -> int:
+        """Return the payload bytes still held of a run; what is partly gone must be unsealed for that."""
+        if not gone:
+            return run.sealed_bytes - sealed_overhead_bytes(run.n)
+        (whole,) = flash.read(lane, run.id - 1, 1, 1)
+        return sum(len(record.payload) for record in self._records_of(whole) if record.id not in gone)
 
     def _expire(self, now: Now) -> None:
-        """Look at a few stored rows and give up those past their kind's age, if the clock is settled."""
+        """Look at a few stored runs and give up those past their kind's age, if the clock is settled."""
         wall_s = self._settled_clock.wall_s(now)
         if not self._age_max_s or wall_s is None or self._flash is None:
             return
         for lane in LANES:
-            rows = self._flash.sizes(lane, self._swept[lane], SWEEP_ROWS_PER_TICK)
-            self._swept[lane] = rows[-1].id if len(rows) == SWEEP_ROWS_PER_TICK else 0
-            keep = self._drain.in_flight.__contains__
-            rows = [row for row in rows if row.id not in self._drain.gone]
-            self._doom(lane, pick_expired(rows, wall_s, self._age_max_s, keep), self._expired)
+            runs = self._flash.sizes(lane, self._swept[lane], SWEEP_ROWS_PER_TICK)
+            self._swept[lane] = runs[-1].last_id if len(runs) == SWEEP_ROWS_PER_TICK else 0
+            runs = [run for run in runs if any(self._drain.gone.without(run.id, run.last_id))]
+            expired = pick_expired(runs, wall_s, self._age_max_s, self._drain.is_flying)
+            self._doom(self._flash, lane, expired, self._dropped["age"])
 
     # --- salvage --------------------------------------------------------------------------------------
 
@@ -463,54 +523,68 @@ class Spool:
             after = self._flash.salvaged(self._aside[0])
             self._salvaged_upto = after or dict.fromkeys(LANES, 0)
             path = f"{self._directory}/{self._aside[0]}"
-            self._salvage = (
-                salvage(path, self._connect, self._salvaged_upto.__getitem__) if after else iter(())
-            )
+            upto = self._salvaged_upto.__getitem__
+            self._salvage = salvage(path, self._connect, upto, self._is_whole) if after else iter(())
             self._awaited, self._awaiting = self._awaiting, 0
-        rows_left = SALVAGE_ROWS_PER_TICK
-        while rows_left > 0 and self._returned_bytes < COMMIT_BYTES_MAX:
+        for _ in range(SALVAGE_RUNS_PER_TICK):
+            if self._returned_bytes >= COMMIT_BYTES_MAX:
+                return
             found = next(self._salvage, None)
             if found is None:
                 self._salvage_ended = True
                 return
-            rows_left -= max(1, len(found.rows))
-            self._take_found(found)
+            self._take_found(self._flash, found)
 
-    def _take_found(self, found: Found) -> None:
+    def _is_whole(self, run: Run) -> bool:
+        return self._unseal(run) is not None
+
+    def _take_found(self, flash: Flash, found: Found) -> None:
         self._salvaging_moved = True
-        self._salvaged_upto[found.lane] = max(found.upto, self._salvaged_upto[found.lane])
-        rows = [row for row in found.rows if row.id not in self._left_since]
-        self._returned += [(found.lane, row) for row in rows]
-        self._returned_bytes += sum(len(row.sealed or b"") for row in rows)
-        known = min(len(rows), self._awaited)  # held all along: the damage came after they were counted
+        run = found.run
+        if run is None:
+            newest = max(self._highest_id, first_id(self._start))
+            if found.first <= newest:
+                self._dropped["damage"].add(found.first, min(found.last, newest), 0)
+            return
+        self._salvaged_upto[found.lane] = found.last
+        if flash.holds(found.lane, run.id) or any(run.id == tried.id for _, tried in self._tried):
+            return  # its commit was in doubt, and has been repeated here
+        gone = unpacked(run.gone, run.id)
+        for first, last in self._left_since.within(run.id, run.last_id):
+            gone.add(first, last)
+        held = run.n - len(gone)
+        if not held:
+            return
+        self._returned.append((found.lane, run))
+        self._returned_bytes += len(run.sealed or b"")
+        for first, last in gone:
+            self._drain.gone.add(first, last)
+        known = min(held, self._awaited)  # held all along: the damage came after they were counted
         self._awaited -= known
-        self._account.into += len(rows) - known
-        self._account.held += len(rows) - known
-        for lost in found.lost:
-            records = 0 if self._awaited_all else lost.records
-            self._damaged.add_range(lost.first, lost.last, records)
-            self._account.into += records
-            self._account.drop("damage", records)
+        self._account.into += held - known
+        self._account.held += held - known
 
     def _insert_salvaged(self, flash: Flash) -> None:
         if not self._salvaging_moved and not self._salvage_ended:
             return
-        for lane in LANES:
-            flash.insert(lane, [row for its, row in self._returned if its is lane])
+        self._insert(flash, self._returned)
         if self._salvage_ended and self._awaited:
-            oldest, newest = 1, first_id(self._start + 1) - 1
-            if self._damaged.told:
-                oldest, newest = self._damaged.first_id, self._damaged.last_id
-            self._damaged.add_range(oldest, newest, self._awaited)
+            oldest, newest = 1, max(self._highest_id, first_id(self._start))
+            damaged = self._dropped["damage"]
+            if damaged.told:
+                oldest, newest = damaged.first_id, damaged.last_id
+            damaged.add(oldest, newest, self._awaited)
             self._account.held -= self._awaited
             self._account.drop("damage", self._awaited)
             self._awaited = 0
         flash.note_salvaged(self._aside[0], self._salvaged_upto, done=self._salvage_ended)
+        if self._salvage_ended and len(self._aside) == 1:
+            flash.forget_away()
 
     def _settle_salvaged(self) -> None:
         """What was salvaged is committed: offer it, and delete the damaged file once all of it is."""
-        for lane, row in self._returned:
-            self._drain.rewind(lane, row.id)
+        for lane, run in self._returned:
+            self._drain.rewind(lane, run.id)
         self._returned, self._returned_bytes, self._salvaging_moved = [], 0, False
         if self._salvage_ended:
             name = self._aside.pop(0)
@@ -522,34 +596,38 @@ class Spool:
 
     # --- the account ----------------------------------------------------------------------------------
 
-    def _leave(self, one: int, lane: Lane) -> None:
-        """A record is no longer held; one of an earlier start that was not counted yet is taken in first."""
+    def _leave(self, lane: Lane, first: int, last: int) -> None:
+        """Records are no longer held; those that were not counted yet are taken in first."""
         uncounted = self._uncounted_after.get(lane)
-        if uncounted is not None and uncounted < one < first_id(self._start):
-            self._account.into += 1
-        else:
-            self._account.held -= 1
+        early = 0
+        if uncounted is not None:
+            early = max(0, min(last, first_id(self._start) - 1) - max(first, uncounted + 1) + 1)
+        self._account.into += early
+        self._account.held -= last - first + 1 - early
         if self._aside:
-            self._left_since.add(one)
-            if self._awaiting and one not in self._open:
-                self._awaiting -= 1
-            elif self._awaited and one not in self._open:
-                self._awaited -= 1
+            self._left_since.add(first, last)
+            stored = sum(one not in self._open for one in range(first, last + 1))
+            awaiting = min(stored, self._awaiting)
+            self._awaiting -= awaiting
+            self._awaited -= min(stored - awaiting, self._awaited)
 
     def _count(self, rows_max: int) -> None:
         """Count a part of what earlier starts left, so that opening never waits for a full scan."""
         for lane, after in list(self._uncounted_after.items()):
             if self._flash is None or rows_max <= 0:
                 return
-            rows = self._flash.sizes(lane, after, rows_max)
-            found = [row for row in rows if row.id < first_id(self._start)]
-            fresh = sum(row.id not in self._drain.gone for row in found)
-            self._account.into += fresh
-            self._account.held += fresh
+            runs = self._flash.sizes(lane, after, rows_max)
+            found = [run for run in runs if run.id < first_id(self._start)]
+            for run in found:
+                gone = unpacked(run.gone, run.id)
+                parts = gone.without(run.id, run.last_id)
+                acked = sum(b - a + 1 for part in parts for a, b in self._drain.gone.within(*part))
+                self._account.into += run.n - len(gone) - acked
+                self._account.held += run.n - len(gone) - acked
             if len(found) < rows_max:
                 del self._uncounted_after[lane]
             else:
-                self._uncounted_after[lane] = found[-1].id
+                self._uncounted_after[lane] = found[-1].last_id
             rows_max -= len(found)
 
     # --- opening --------------------------------------------------------------------------------------
@@ -583,6 +661,8 @@ class Spool:
             )
             self._keys.learn(copied_keys(self._storage, self._directory))
             self._note_start(flash, self._keys, known, copied)
+            for first, last in flash.away():
+                self._left_since.add(first, last)
             self._count_from(flash)
         except BaseException:
             flash.close()
@@ -601,6 +681,7 @@ class Spool:
         """The file is damaged: keep it under another name and go on with a new one."""
         name = set_aside(self._storage, self._directory, self._start)
         log.error("spool_damaged", reason=str(error), put_aside=name)
+        self._unsealed = 0, []
         self._awaiting = self._account.held - len(self._open)
         self._awaited_all = not self._uncounted_after  # else only a part of them was counted
         self._uncounted_after = {}
@@ -718,8 +799,10 @@ class Spool:
                     continue
                 del self._open[record.id]
                 self._open_bytes -= len(record.payload)
-                self._drain.drop([record.id])
-                self._ram_dropped.add(record.id, len(record.payload))
+                self._drain.drop(record.id, record.id)
+                if self._tried:
+                    self._drain.gone.add(record.id)
+                self._ram_dropped.add(record.id, record.id, 1, len(record.payload))
                 self._account.held -= 1
                 self._account.drop("ram")
 

@@ -12,15 +12,21 @@ from tbox.spool.ballast import STEP_BYTES, size_for
 from tbox.spool.flash import StartRow
 from tbox.spool.policy import (
     CLOCK_SETTLE_S,
+    ROUTINE,
+    RUN_BYTES_MAX,
     Drain,
     Dropped,
     IdRanges,
     Lane,
     SettledClock,
-    StoredRow,
+    StoredRun,
     TokenBucket,
+    packed,
     pick_expired,
     pick_oldest,
+    ranges_of,
+    runs_of,
+    unpacked,
 )
 from tbox.spool.store import previous_start
 
@@ -38,6 +44,27 @@ def test_id_ranges_are_a_set_of_ids(spans: list[tuple[int, int]]) -> None:
     assert all((one in ranges) == (one in ids) for one in range(-1, 75))
     edges = list(ranges)
     assert all(a[1] + 1 < b[0] for a, b in itertools.pairwise(edges))  # no two ranges touch
+
+
+@given(st.sets(st.integers(1, 60)), st.integers(1, 60), st.integers(0, 20))
+def test_what_is_within_a_range_and_what_is_not_add_up_to_it(ids: set[int], first: int, extra: int) -> None:
+    ranges, last = IdRanges(ids), first + extra
+    inside = {one for a, b in ranges.within(first, last) for one in range(a, b + 1)}
+    outside = {one for a, b in ranges.without(first, last) for one in range(a, b + 1)}
+    assert inside == {one for one in ids if first <= one <= last}
+    assert inside | outside == set(range(first, last + 1)) and not inside & outside
+    assert list(unpacked(packed(ranges, 1), 1)) == list(ranges) == list(ranges_of(sorted(ids)))
+
+
+@given(st.sets(st.integers(1, 300)), st.integers(0, 12_000))
+def test_a_run_is_records_that_follow_one_another_up_to_its_limit(ids: set[int], size: int) -> None:
+    records = [Record(one, "telemetry", 1 + (one > 200), bytes(size)) for one in sorted(ids)]
+    runs = list(runs_of(records))
+    assert [record for run in runs for record in run] == records
+    for run in runs:
+        assert [record.id for record in run] == list(range(run[0].id, run[0].id + len(run)))
+        assert len({record.level for record in run}) == 1
+        assert len(run) == 1 or sum(len(record.payload) for record in run) <= RUN_BYTES_MAX
 
 
 @given(st.lists(st.tuples(st.integers(-100, 2000), st.integers(0, 50)), max_size=60))
@@ -79,7 +106,8 @@ def test_alarms_go_before_live_and_live_before_backlog() -> None:
     drain = _drain()
     drain.append(live)
     drain.append(alarm)
-    assert drain.offer(0, 10, _stored(old, old_alarm), 1 << 20) == [alarm, old_alarm, live, old]
+    assert drain.offer(0, 10, _stored(old, old_alarm), 1 << 20) == [alarm, old_alarm, live]
+    assert drain.offer(0, 10, _stored(old, old_alarm), 1 << 20) == [old]  # live never waits for its read
 
 
 def test_backlog_waits_for_the_token_bucket_and_live_never_does() -> None:
@@ -96,7 +124,7 @@ def test_after_the_link_died_everything_in_flight_comes_again_in_order_of_id() -
     backlog = [_record(n, start=1) for n in range(1, 6)]
     drain = _drain()
     first = drain.offer(0, 50, _stored(*backlog), 1 << 20)
-    drain.ack(first[1].id)
+    drain.ack([first[1].id])
     drain.gone.add(first[1].id)
     drain.requeue(lambda _one: None)
     again = drain.offer(0, 50, _stored(*backlog), 1 << 20)
@@ -109,8 +137,8 @@ def test_a_late_puback_after_a_requeue_still_counts_once() -> None:
     drain.append(record)
     drain.offer(0, 1, _stored(), 1 << 20)
     drain.requeue({record.id: record}.get)
-    assert drain.ack(record.id) is not None
-    assert drain.ack(record.id) is None
+    assert drain.ack([record.id])[ROUTINE] == [record.id]
+    assert not any(drain.ack([record.id]).values())
     assert drain.offer(0, 9, _stored(), 1 << 20) == []
 
 
@@ -121,29 +149,30 @@ def test_live_records_that_leave_ram_become_backlog() -> None:
         drain.append(record)
     drain.trim(2, 1 << 20, lambda _one: None)
     assert drain.fresh_count() == 2
-    assert drain.offer(0, 9, _stored(*live), 1 << 20) == [*live[3:], *live[:3]]
+    assert drain.offer(0, 9, _stored(*live), 1 << 20) == live[3:]
+    assert drain.offer(0, 9, _stored(*live), 1 << 20) == live[:3]
 
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(0, 9000), st.sets(st.integers(0, 40)))
 def test_eviction_takes_the_oldest_and_no_more_than_needed(
     sizes: list[int], excess: int, kept: set[int]
 ) -> None:
-    rows = [StoredRow(n, 1, None, size) for n, size in enumerate(sizes)]
-    picked = pick_oldest(rows, excess, kept.__contains__)
+    rows = [StoredRun(n, 1, 1, None, size, None) for n, size in enumerate(sizes)]
+    picked = pick_oldest(rows, excess, lambda first, _last: first in kept)
     candidates = [row for row in rows if row.id not in kept]
     assert picked == candidates[: len(picked)]
-    assert sum(row.sealed_bytes + 28 for row in picked[:-1]) < max(excess, 1)
+    assert sum(row.sealed_bytes + 32 for row in picked[:-1]) < max(excess, 1)
 
 
 def test_only_rows_with_a_known_time_and_a_limited_kind_expire() -> None:
     rows = [
-        StoredRow(1, 1, 100, 9),
-        StoredRow(2, 1, None, 9),
-        StoredRow(3, 2, 100, 9),
-        StoredRow(4, 1, 950, 9),
+        StoredRun(1, 1, 1, 100, 9, None),
+        StoredRun(2, 1, 1, None, 9, None),
+        StoredRun(3, 1, 2, 100, 9, None),
+        StoredRun(4, 1, 1, 950, 9, None),
     ]
-    assert [row.id for row in pick_expired(rows, 1000, {1: 60}, lambda _one: False)] == [1]
-    assert pick_expired(rows, 1000, {1: 60}, lambda one: one == 1) == []
+    assert [row.id for row in pick_expired(rows, 1000, {1: 60}, lambda _first, _last: False)] == [1]
+    assert pick_expired(rows, 1000, {1: 60}, lambda first, last: first <= 1 <= last) == []
 
 
 def test_a_clock_is_settled_only_when_it_ran_on_for_a_while_since_its_last_jump() -> None:
@@ -161,7 +190,7 @@ def test_a_clock_is_settled_only_when_it_ran_on_for_a_while_since_its_last_jump(
 def test_a_drop_tells_count_bytes_and_the_range_of_ids() -> None:
     dropped = Dropped("quota")
     for one in (7, 5, 9):
-        dropped.add(one, 100)
+        dropped.add(one, one, 1, 100)
     assert dropped.body() == {
         "event": "drop", "cause": "quota", "count": 3, "bytes": 300, "first_id": 5, "last_id": 9,
     }  # fmt: skip

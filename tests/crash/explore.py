@@ -29,7 +29,7 @@ from tbox.spool import flash, meter, schema
 from tbox.spool.flash import FILE_NAME
 from tbox.spool.store import PreviousStart, Spool, highest_start_seen
 from tests.crash.disk import Disk, Image, ImageStorage
-from tests.crash.workload import Life, Minter, Snapshot, Span, Violation, settings
+from tests.crash.workload import Life, Minter, Snapshot, Span, Violation, settings, watched_nonces
 
 # Checkpoints and log resets happen every few ticks, so that cuts fall into them.
 WAL_PAGES = 24
@@ -225,7 +225,7 @@ def explore(
                 seed_now = seed * 1_000_003 + chain * 101 + number
                 with small_log(), no_meter(), mock.patch.object(schema, "MIGRATIONS", migrations(number)):
                     life = Life(work, image, base, seed_now)
-                    with living():
+                    with living(), watched_nonces():
                         life.run(STEPS_PER_LIFE if number % 3 == 0 else number)
                     with booting():
                         image, base = explore_life(life, base, states - tally.states, room, tally)

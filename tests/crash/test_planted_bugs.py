@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,8 +13,8 @@ import pytest
 from tbox.durable import Storage
 from tbox.model import Now, Record
 from tbox.spool import flash, keyring, seal, store
-from tbox.spool.flash import Flash, Row
-from tbox.spool.policy import LANES, Dropped, Lane
+from tbox.spool.flash import Flash, Run
+from tbox.spool.policy import LANES, Dropped, IdRanges, Lane, StoredRun
 from tbox.spool.store import Spool
 from tests.crash import recorder
 from tests.crash.explore import Plant, explore
@@ -87,18 +87,22 @@ def key_written_in_place() -> Any:
 
 
 def nonce_reuse() -> Any:
-    return mock.patch.object(seal, "_nonce", lambda _id: bytes(seal.NONCE_BYTES))
+    return mock.patch.object(seal, "_nonce", lambda _id, _n: bytes(seal.NONCE_BYTES))
+
+
+def run_nonce_reuse() -> Any:
+    """Sealed and opened alike, so every run is read back: only the watch over the nonces can tell."""
+    return mock.patch.object(seal, "_nonce", lambda one, _n: (one >> 3).to_bytes(seal.NONCE_BYTES, "big"))
 
 
 def eviction_outside_the_transaction() -> Any:
     original = Spool._make_room
 
-    def make_room(self: Spool, flash: Flash) -> Dropped:
-        dropped = original(self, flash)
-        if dropped.count:
+    def make_room(self: Spool, flash: Flash) -> None:
+        original(self, flash)
+        if self._dropped["quota"].count:
             flash.commit()
             flash.begin()
-        return dropped
 
     return mock.patch.object(Spool, "_make_room", make_room)
 
@@ -115,8 +119,8 @@ def drop_record_counts_one_too_few() -> Any:
 def alarms_in_a_transaction_of_their_own() -> Any:
     original = Flash.insert
 
-    def insert(self: Flash, lane: Lane, rows: Sequence[Row]) -> None:
-        original(self, lane, rows)
+    def insert(self: Flash, lane: Lane, runs: Sequence[Run]) -> None:
+        original(self, lane, runs)
         if lane.alarm:
             self.commit()
             self.begin()
@@ -125,8 +129,8 @@ def alarms_in_a_transaction_of_their_own() -> Any:
 
 
 def newest_row_deleted() -> Any:
-    def delete(self: Flash, ranges: Iterable[tuple[int, int]]) -> None:
-        for first, last in ranges:
+    def delete(self: Flash, ids: IdRanges) -> None:
+        for first, last in ids:
             for lane in LANES:
                 self._db.execute(f"DELETE FROM {lane.name} WHERE id BETWEEN ? AND ?", (first, last))
 
@@ -146,10 +150,35 @@ def small_ticks_put_off() -> Any:
 def acks_forgotten() -> Any:
     original = Flash.delete
 
-    def delete(self: Flash, ranges: Iterable[tuple[int, int]]) -> None:
-        original(self, [(first, last) for first, last in ranges if first == last])
+    def delete(self: Flash, ids: IdRanges) -> None:
+        original(self, IdRanges(first for first, last in ids if first == last))
 
     return mock.patch.object(Flash, "delete", delete)
+
+
+def partial_acks_forgotten() -> Any:
+    """What is acknowledged of a run counts only when all of it is."""
+    return mock.patch.object(Flash, "_note_gone", lambda _self, _run, _gone: None)
+
+
+def partial_acks_outside_the_transaction() -> Any:
+    original = Flash._note_gone
+
+    def note_gone(self: Flash, run: StoredRun, gone: IdRanges) -> None:
+        original(self, run, gone)
+        self.commit()
+        self.begin()
+
+    return mock.patch.object(Flash, "_note_gone", note_gone)
+
+
+def a_partly_gone_run_counts_whole() -> Any:
+    original = Flash.sizes
+
+    def sizes(self: Flash, lane: Lane, after: int, rows_max: int) -> list[StoredRun]:
+        return [run._replace(gone=None) for run in original(self, lane, after, rows_max)]
+
+    return mock.patch.object(Flash, "sizes", sizes)
 
 
 def rotation_renames_before_it_rewraps() -> Any:
@@ -171,12 +200,13 @@ def rotation_renames_before_it_rewraps() -> Any:
 
 
 def rows_under_new_ids() -> Any:
-    original = Spool._sealed
+    original = Spool._sealed_run
 
-    def sealed(keys: Any, record: Record, at_s: int | None) -> Row:
-        return original(keys, Record(record.id + 5000, record.kind, record.level, record.payload), at_s)
+    def sealed(self: Spool, run: Sequence[Record], at_s: int | None) -> Run:
+        renamed = [Record(one.id + 5000, one.kind, one.level, one.payload) for one in run]
+        return original(self, renamed, at_s)
 
-    return mock.patch.object(Spool, "_sealed", staticmethod(sealed))
+    return mock.patch.object(Spool, "_sealed_run", sealed)
 
 
 def clean_before_it_is() -> Any:
@@ -213,7 +243,8 @@ LIVING: list[Callable[[], Any]] = [
     start_number_not_synced, key_written_in_place, nonce_reuse, eviction_outside_the_transaction,
     drop_record_counts_one_too_few, alarms_in_a_transaction_of_their_own, newest_row_deleted,
     small_ticks_put_off, acks_forgotten, rotation_renames_before_it_rewraps, rows_under_new_ids,
-    clean_before_it_is, data_key_stored_too_late, endings_forgotten_early,
+    clean_before_it_is, data_key_stored_too_late, endings_forgotten_early, partial_acks_forgotten,
+    partial_acks_outside_the_transaction, a_partly_gone_run_counts_whole,
 ]  # fmt: skip
 
 
@@ -268,6 +299,11 @@ def finds(bug: Plant, **planted: Plant) -> bool:
 @pytest.mark.parametrize("bug", LIVING, ids=lambda bug: bug.__name__)
 def test_a_bug_in_the_living_spool_turns_the_exploration_red(bug: Plant) -> None:
     assert finds(bug, living=bug)
+
+
+@pytest.mark.slow
+def test_a_nonce_that_is_used_twice_turns_the_exploration_red() -> None:
+    assert finds(run_nonce_reuse, living=run_nonce_reuse, booting=run_nonce_reuse)
 
 
 @pytest.mark.parametrize("bug", BOOTING, ids=lambda bug: bug.__name__)

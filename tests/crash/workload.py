@@ -10,19 +10,22 @@ import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
 import msgspec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from tbox.clock import next_start
 from tbox.ledger import Ledger
 from tbox.model import NS_PER_MS, Draft, Level, Now, Record, record_id
+from tbox.spool import seal
 from tbox.spool.seal import KEY_BYTES, write_key
 from tbox.spool.store import Spool, SpoolSettings, highest_start_seen
 from tests.crash.disk import Image
 from tests.crash.recorder import Recorder
 
-QUOTA_BYTES = 48 * 1024
+QUOTA_BYTES = 80 * 1024
 
 
 class Violation(AssertionError):
@@ -49,6 +52,7 @@ class Snapshot:
     previous_of: dict[int, tuple[int, ...]] = field(
         default_factory=dict
     )  # start record id -> starts it tells of
+    run_of: dict[int, int] = field(default_factory=dict)  # id -> first id of the run it was committed in
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,32 @@ def settings(**changes: Any) -> SpoolSettings:
         "backlog_bytes_s": 1 << 30,
     }  # fmt: skip
     return SpoolSettings(**{**plain, **changes})
+
+
+class WatchedAead:
+    """AES-GCM that never lets one nonce seal two texts under one key."""
+
+    _sealed: ClassVar[dict[tuple[bytes, bytes], tuple[bytes, bytes]]] = {}
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._aead = AESGCM(key)
+
+    def encrypt(self, nonce: bytes, body: bytes, aad: bytes) -> bytes:
+        if self._sealed.setdefault((self._key, nonce), (body, aad)) != (body, aad):
+            raise Violation(f"nonce {nonce.hex()} seals two texts")
+        return self._aead.encrypt(nonce, body, aad)
+
+    def decrypt(self, nonce: bytes, sealed: bytes, aad: bytes) -> bytes:
+        return self._aead.decrypt(nonce, sealed, aad)
+
+
+@contextlib.contextmanager
+def watched_nonces() -> Iterator[None]:
+    """Watch every seal made within."""
+    WatchedAead._sealed.clear()
+    with mock.patch.object(seal, "AESGCM", WatchedAead):
+        yield
 
 
 class Minter:
@@ -97,6 +127,7 @@ class Life:
         self.now = Now(0)
         self._directory = directory
         self._state = base
+        self._run_of = base.run_of
         self._in_flight: list[Record] = []
         self._acked: set[int] = set()
 
@@ -138,9 +169,9 @@ class Life:
 
     def append_some(self) -> None:
         rng = self.rng
-        for _ in range(rng.randint(1, 6)):
-            alarm = rng.random() < 0.12
-            fill = rng.choice((20, 150, 600, 2500))
+        for _ in range(rng.choice((1, 2, 4, 6, 12))):
+            alarm = rng.random() < 0.08
+            fill = rng.choice((20, 20, 150, 600, 2500))
             kind, level = ("alarm", Level.ALARM) if alarm else ("telemetry", Level.INFO)
             self.append(Draft(kind, level, 0, {"fill": fill}))
 
@@ -232,6 +263,7 @@ class Life:
 
     def _settle(self, told: list[Record]) -> None:
         """A tick has returned: what was open is committed, what was acknowledged or dropped is gone."""
+        self._note_runs(told)
         for record in told:
             self._open[record.id] = record
         acked = self._acked
@@ -252,15 +284,27 @@ class Life:
         self._open = {}
         self._acked = set()
 
+    def _note_runs(self, told: list[Record]) -> None:
+        """What the tick committed went to flash in runs; each is evicted whole or not at all."""
+        committed = [record for one, record in sorted(self._open.items()) if one not in self._acked]
+        for portion in (committed, told):
+            for alarms in (False, True):
+                before: Record | None = None
+                for record in (one for one in portion if one.is_alarm == alarms):
+                    follows = before is not None and record.id == before.id + 1 and (
+                        record.kind, record.level) == (before.kind, before.level)  # fmt: skip
+                    self._run_of[record.id] = self._run_of[before.id] if before and follows else record.id
+                    before = record
+
     def _without_dropped(self, rows: dict[int, Record], told: list[Record]) -> dict[int, Record]:
-        """Take a drop record at its word: the oldest routine records not in flight, counted exactly."""
-        flying = {record.id for record in self._in_flight}
+        """Take a drop record at its word: the oldest runs of which nothing is in flight, counted exactly."""
+        flying = {self._run_of.get(record.id, record.id) for record in self._in_flight}
         for record in told:
             body = msgspec.msgpack.decode(record.payload)
             if body.get("event") != "drop":
                 continue
-            by_age = sorted((one for one in rows if rows[one].kind != "event" and one not in flying),
-                            key=lambda one: (rows[one].is_alarm, one))  # fmt: skip
+            loose = [one for one in rows if rows[one].kind != "event" and self._run_of[one] not in flying]
+            by_age = sorted(loose, key=lambda one: (rows[one].is_alarm, one))
             lost = by_age[: body["count"]]
             if (min(lost), max(lost)) != (body["first_id"], body["last_id"]):
                 raise Violation(f"the drop record {body} does not tell what the oldest records are")

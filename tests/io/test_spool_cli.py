@@ -28,7 +28,9 @@ from tests.crash.workload import Minter, settings
 def stopped(tmp_path: Path) -> tuple[Path, list[Record]]:
     minter = Minter(1, random.Random(1))
     spool = Spool.open(str(tmp_path), settings(), start=1, mint=minter, now=Now(0), ledger=Ledger())
-    spool.append([minter(Draft("telemetry", Level.INFO, 0, {"fill": 50})) for _ in range(30)])
+    for tick in range(3):  # three runs of ten
+        spool.append([minter(Draft("telemetry", Level.INFO, 0, {"fill": 50})) for _ in range(10)])
+        spool.tick(Now(tick))
     spool.append([minter(Draft("alarm", Level.ALARM, 0, {}))])
     spool.tick(Now(1))
     spool.close(Now(2), clean=True, ledger_totals={})
@@ -58,7 +60,7 @@ def test_export_gives_back_every_payload_in_order_and_tail_the_newest(
     assert [json.loads(line) for line in _run("tail", str(directory), "-n", "3").splitlines()] == lines[-3:]
 
 
-def test_verify_is_content_with_a_whole_spool_and_says_no_to_a_changed_record(
+def test_verify_is_content_with_a_whole_spool_and_says_no_to_a_changed_run(
     stopped: tuple[Path, list[Record]],
 ) -> None:
     directory, _ = stopped
@@ -66,7 +68,7 @@ def test_verify_is_content_with_a_whole_spool_and_says_no_to_a_changed_record(
     with sqlite3.connect(directory / "spool.db") as db:
         db.execute("UPDATE routine SET level = 2 WHERE id = (SELECT min(id) FROM routine)")
     db.close()
-    with pytest.raises(Refused, match="1 records do not unseal"):
+    with pytest.raises(Refused, match="10 records do not unseal"):
         _run("verify", str(directory))
 
 
@@ -102,8 +104,12 @@ def test_a_live_spool_is_asked_for_through_the_control_socket(tmp_path: Path) ->
 
 def test_sqlite_utils_shows_a_stopped_spool_to_a_person(stopped: tuple[Path, list[Record]]) -> None:
     db = sqlite_utils.Database(stopped[0] / "spool.db")
-    rows = list(db["records"].rows)
-    assert len(rows) == 31 and rows[-1]["kind"] == "alarm" and rows[0]["kind"] == "telemetry"
+    rows = list(db["runs"].rows)
+    assert (
+        [row["records"] for row in rows] == [10, 10, 10, 1]
+        and rows[-1]["kind"] == "alarm"
+        and rows[0]["kind"] == "telemetry"
+    )
     db.close()
 
 

@@ -16,9 +16,9 @@ from tbox.ledger import Ledger
 from tbox.model import NS_PER_S, Draft, Level, Now, Record
 from tbox.spool import schema
 from tbox.spool.ballast import Ballast
-from tbox.spool.flash import Flash, Row, leaves
+from tbox.spool.flash import Flash, Run, leaves
 from tbox.spool.meter import WriteMeter
-from tbox.spool.policy import ROUTINE
+from tbox.spool.policy import ROUTINE, IdRanges
 from tbox.spool.schema import SpoolSchemaError
 from tbox.spool.seal import SpoolKeyError
 from tbox.spool.store import Spool, SpoolError, highest_start_seen
@@ -73,11 +73,11 @@ def test_taking_acknowledged_rows_off_flash_writes_hardly_a_page(
     rng = random.Random(3)
     sizes = [rng.randint(fills[0], fills[-1]) if len(fills) == 2 else rng.choice(fills) for _ in range(1500)]
     flash.begin()
-    flash.insert(ROUTINE, [Row(one, 1, 1, 1, rng.randbytes(size)) for one, size in enumerate(sizes, 1)])
+    flash.insert(ROUTINE, [Run(one, 1, 1, 1, 1, rng.randbytes(size)) for one, size in enumerate(sizes, 1)])
     flash.commit()
     recorder.ops.clear()
     flash.begin()
-    flash.delete([(1, len(sizes))])
+    flash.delete(IdRanges(range(1, len(sizes) + 1)))
     flash.commit()
     written = sum(len(op.data) for op in recorder.ops if op.what == "write")
     assert written < 0.15 * sum(sizes)
@@ -212,6 +212,7 @@ def test_a_changed_configuration_erases_nothing_that_still_fits(tmp_path: Path) 
 def test_a_backlog_of_earlier_starts_is_counted_in_portions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tbox.spool.policy.RUN_RECORDS_MAX", 5)
     rig = Rig(tmp_path, quota_bytes=1 << 24)
     rig.put(300, fill=10)
     rig.put(3, level=Level.ALARM)
@@ -220,12 +221,12 @@ def test_a_backlog_of_earlier_starts_is_counted_in_portions(
     monkeypatch.setattr("tbox.spool.store.COUNT_ROWS_PER_TICK", 40)
     again = Rig(tmp_path, 2, quota_bytes=1 << 24)
     assert again.spool.depth < 303 and not again.spool.stat()["counted"]
-    acked = again.spool.offer(Now(0), 120)
+    acked = [record for _ in range(2) for record in again.spool.offer(Now(0), 61)]
     again.spool.ack([record.id for record in acked])
     for second in range(20):
         again.spool.tick(Now(second * NS_PER_S))
         again.ledger.check()
-    assert again.spool.depth == 303 - 120 and again.spool.stat()["counted"]
+    assert again.spool.depth == 303 - 64 and again.spool.stat()["counted"]
     assert again.ledger.snapshot()["spool"]["into"] == 303
     again.close()
 
