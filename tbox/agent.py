@@ -46,7 +46,8 @@ from tbox.record.codec import Minter, decode_payload
 from tbox.record.privacy import PrivacyFilter, vehicle_id
 from tbox.spool import look
 from tbox.spool.runner import SpoolRunner
-from tbox.spool.store import PreviousStart, Spool, highest_start_seen
+from tbox.spool.starts import PreviousStart, highest_start_seen
+from tbox.spool.store import Spool
 from tbox.uplink.mqtt import MqttUplink
 
 if TYPE_CHECKING:

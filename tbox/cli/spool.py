@@ -21,8 +21,8 @@ from tbox.errors import Refused, TboxError
 from tbox.spool import look
 from tbox.spool.flash import FILE_NAME, Flash, Run
 from tbox.spool.keyring import KEY_FILE_NAME, Keyring, copied_keys, open_keyring
+from tbox.spool.lock import DirectoryLock, SpoolError, SpoolLocked
 from tbox.spool.recover import DAMAGED_NAME, salvage
-from tbox.spool.store import DirectoryLock, SpoolError, SpoolLocked
 
 ANSWER_S = 30.0
 TAIL_MAX = 1000

@@ -8,7 +8,6 @@ how rows are stored in `flash`, how they are sealed in `seal` and `keyring`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,6 @@ import msgspec
 import structlog
 
 from tbox.durable import OsStorage, Storage
-from tbox.errors import TboxError
 from tbox.ledger import Ledger
 from tbox.model import COUNTER_BITS, NS_PER_S, Draft, Level, Now, Record
 from tbox.spool.ballast import Ballast
@@ -43,6 +41,7 @@ from tbox.spool.keyring import (
     open_keyring,
     rotate,
 )
+from tbox.spool.lock import DirectoryLock, SpoolError, SpoolLocked
 from tbox.spool.meter import WriteMeter
 from tbox.spool.policy import (
     ALARM,
@@ -67,6 +66,7 @@ from tbox.spool.policy import (
 from tbox.spool.recover import Found, finish_setting_aside, remove_aside, salvage, set_aside
 from tbox.spool.schema import KIND_CODES, KIND_NAMES
 from tbox.spool.seal import Random, sealed_overhead_bytes
+from tbox.spool.starts import PreviousStart, needed_starts, previous_start
 
 log = structlog.get_logger()
 
@@ -85,7 +85,6 @@ COUNT_ROWS_PER_TICK = 2048
 RETRY_S_FIRST = 1.0
 RETRY_S_MAX = 30.0
 RAM_REPORT_S = 60.0  # how often a full RAM ring says what it dropped
-EARLIER_STARTS_MAX = 16
 CAUSES = ("damage", "age", "quota")
 
 
@@ -103,45 +102,6 @@ class SpoolSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     live_bytes_max: Annotated[int, msgspec.Meta(ge=1024, le=64 * 1024**2)] = 1024**2
     ram_bytes_max: Annotated[int, msgspec.Meta(ge=64 * 1024, le=1024**3)] = 16 * 1024**2
     ballast: bool = True
-
-
-class SpoolError(TboxError):
-    """The spool cannot be opened; its data is untouched."""
-
-
-class SpoolLocked(SpoolError):
-    """Another process has this spool open."""
-
-
-class PreviousStart(msgspec.Struct, frozen=True, kw_only=True):
-    """How the start before this one ended.
-
-    Every record of it up to last_committed_id was committed or acknowledged; None: it committed none.
-    earlier: starts before it whose end may not have been told, because their successor left no record.
-    """
-
-    start: int
-    last_committed_id: int | None
-    clean: bool
-    ledger: dict[str, Any] | None = None
-    earlier: tuple[PreviousStart, ...] = ()
-
-
-class DirectoryLock:
-    """Holds a directory for one process; the lock dies with the process."""
-
-    def __init__(self, directory: str) -> None:
-        self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._fd)
-            raise SpoolLocked(
-                "another process has this spool open", where=directory, mend="stop it first, or ask it"
-            ) from error
-
-    def release(self) -> None:
-        os.close(self._fd)
 
 
 class Spool:
@@ -880,64 +840,3 @@ class Spool:
 
 def _highest(*ids: int | None) -> int | None:
     return max((one for one in ids if one is not None), default=None)
-
-
-def previous_start(ended: Sequence[StartRow]) -> PreviousStart | None:
-    """Return how the newest of these starts ended, with those before it that may never have been told of."""
-    if not ended:
-        return None
-    told = [_ending(ended[-1])]
-    for row, before in zip(reversed(ended), reversed(ended[:-1]), strict=False):
-        if row.last_id is not None or row.clean or len(told) > EARLIER_STARTS_MAX:
-            break
-        told.append(_ending(before))
-    return msgspec.structs.replace(told[0], earlier=tuple(told[1:]))
-
-
-def _ending(row: StartRow) -> PreviousStart:
-    ledger = msgspec.json.decode(row.ledger) if row.ledger else None
-    return PreviousStart(start=row.start, last_committed_id=row.last_id, clean=bool(row.clean), ledger=ledger)
-
-
-def needed_starts(previous: PreviousStart | None) -> set[int]:
-    """Return the starts whose rows must stay until a later start has told of them."""
-    return {one.start for one in (previous, *previous.earlier)} if previous else set()
-
-
-def highest_start_seen(
-    directory: str, connect: Connect = sqlite3.connect, storage: Storage | None = None
-) -> int:
-    """Return the highest start number that a stopped spool holds, 0 for none: for `next_start(seen=)`.
-
-    Raises SpoolLocked when the spool is in use. A damaged file is looked at as far as it can be read.
-    """
-    storage = storage or OsStorage()
-    path = f"{directory}/{FILE_NAME}"
-    if not storage.exists(directory):
-        return 0
-    lock = DirectoryLock(directory)
-    try:
-        seen = max((row.start for row in copied_keys(storage, directory)), default=0)
-        if not storage.exists(path):
-            return seen
-        with contextlib.suppress(sqlite3.Error):
-            seen = max(seen, _highest_in_file(path, connect))
-        return seen
-    finally:
-        lock.release()
-
-
-def _highest_in_file(path: str, connect: Connect) -> int:
-    db = connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-    try:
-        db.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()
-        highest = 0
-        for sql in (
-            "SELECT max(start) FROM start",
-            "SELECT max(id) >> 32 FROM alarm",
-            "SELECT max(id) >> 32 FROM routine",
-        ):
-            highest = max(highest, db.execute(sql).fetchone()[0] or 0)
-        return highest
-    finally:
-        db.close()

@@ -28,7 +28,7 @@ from tbox.spool.policy import (
     runs_of,
     unpacked,
 )
-from tbox.spool.store import previous_start
+from tbox.spool.starts import previous_start
 
 WALL_NS = 1_800_000_000 * NS_PER_S
 

@@ -27,7 +27,8 @@ from tbox.ledger import Ledger
 from tbox.model import Now, Record
 from tbox.spool import flash, meter, schema
 from tbox.spool.flash import FILE_NAME
-from tbox.spool.store import PreviousStart, Spool, highest_start_seen
+from tbox.spool.starts import PreviousStart, highest_start_seen
+from tbox.spool.store import Spool
 from tests.crash.disk import Disk, Image, ImageStorage
 from tests.crash.workload import Life, Minter, Snapshot, Span, Violation, settings, watched_nonces
 

@@ -16,7 +16,8 @@ from tbox.clock import next_start
 from tbox.durable import OsStorage
 from tbox.ledger import Ledger
 from tbox.model import NS_PER_S, Draft, Level, Now, Record
-from tbox.spool.store import Spool, highest_start_seen
+from tbox.spool.starts import highest_start_seen
+from tbox.spool.store import Spool
 from tests.crash.workload import Minter, settings
 
 ROUTINE_PER_TICK = 9

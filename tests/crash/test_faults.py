@@ -17,7 +17,8 @@ import pytest
 from tbox.ledger import Ledger
 from tbox.model import NS_PER_S, Draft, Level, Now, Record, TimeQuality
 from tbox.spool.flash import PAGE_BYTES
-from tbox.spool.store import Spool, SpoolLocked
+from tbox.spool.lock import SpoolLocked
+from tbox.spool.store import Spool
 from tests.crash.filler import records_of_tick
 from tests.crash.recorder import Recorder
 from tests.crash.workload import Minter, settings

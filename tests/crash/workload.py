@@ -21,7 +21,8 @@ from tbox.ledger import Ledger
 from tbox.model import NS_PER_MS, Draft, Level, Now, Record, record_id
 from tbox.spool import seal
 from tbox.spool.seal import KEY_BYTES, write_key
-from tbox.spool.store import Spool, SpoolSettings, highest_start_seen
+from tbox.spool.starts import highest_start_seen
+from tbox.spool.store import Spool, SpoolSettings
 from tests.crash.disk import Image
 from tests.crash.recorder import Recorder
 

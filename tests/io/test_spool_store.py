@@ -17,11 +17,13 @@ from tbox.model import NS_PER_S, Draft, Level, Now, Record
 from tbox.spool import schema
 from tbox.spool.ballast import Ballast
 from tbox.spool.flash import Flash, Run, leaves
+from tbox.spool.lock import SpoolError
 from tbox.spool.meter import WriteMeter
 from tbox.spool.policy import ROUTINE, IdRanges
 from tbox.spool.schema import SpoolSchemaError
 from tbox.spool.seal import SpoolKeyError
-from tbox.spool.store import Spool, SpoolError, highest_start_seen
+from tbox.spool.starts import highest_start_seen
+from tbox.spool.store import Spool
 from tests.crash.recorder import Recorder
 from tests.crash.workload import Minter, settings
 
