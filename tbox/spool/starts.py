@@ -1,4 +1,4 @@
-"""What a spool knows of the starts before it: how each ended, the highest number given out. Changes nothing."""
+"""What a spool knows of earlier starts: how each ended, the highest number given out. Changes nothing."""
 
 from __future__ import annotations
 
