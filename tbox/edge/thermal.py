@@ -23,8 +23,8 @@ COLLAPSE_STEPS = 10
 # A collapsed cell often stops being readable; what was seen still counts for this long.
 COLLAPSE_REMEMBERED_NS = 60 * NS_PER_S
 NEAR_C_PER_S = 0.5  # half the slope of the runaway condition: from here on time may become short
-# A pack has hot spots but no cold ones: a probe so far below the median (as rule probe-open has it) is open or
-# broken, and its degrees are none. If more than this share of them are, the pack itself may be so.
+# A pack has hot spots but no cold ones: a probe so far below the median (as rule probe-open has it) is open
+# or broken, and its degrees are none. If more than this share of them are, the pack itself may be so.
 OPEN_K = 20.0
 OPEN_SHARE_MAX = 1 / 8
 
