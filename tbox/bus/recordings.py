@@ -76,6 +76,12 @@ class Recording:
         if dialect is not None and dialect not in DIALECTS:
             raise RecordingError(f"unknown format {dialect}", mend=f"formats are {', '.join(DIALECTS)}")
         self._reset()
+        if dialect in (None, "blf") and self.path.is_fifo():  # finding the format, or a size, reads it twice
+            raise RecordingError(
+                "a pipe cannot be read twice",
+                where=str(path),
+                mend="write it to a file first, or name a text format as dialect",
+            )
         try:
             self.dialect = dialect or self._recognise()
         except (OSError, EOFError, zlib.error) as error:

@@ -23,6 +23,10 @@ COLLAPSE_STEPS = 10
 # A collapsed cell often stops being readable; what was seen still counts for this long.
 COLLAPSE_REMEMBERED_NS = 60 * NS_PER_S
 NEAR_C_PER_S = 0.5  # half the slope of the runaway condition: from here on time may become short
+# A pack has hot spots but no cold ones: a probe so far below the median (as rule probe-open has it) is open
+# or broken, and its degrees are none. If more than this share of them are, the pack itself may be so.
+OPEN_K = 20.0
+OPEN_SHARE_MAX = 1 / 8
 
 
 class Thermal:
@@ -46,8 +50,12 @@ class Thermal:
             return {"probe_temperature": probes, "temperature_spread": NOTHING}
         self.hottest_c = probes.highest
         median_c = _median(degrees if probe_c is degrees else probe_c[known])
+        likely = degrees
+        if median_c - probes.lowest >= OPEN_K:
+            likely = _without_open(degrees, median_c)
+            probes = items(likely, both=True)
+        self.rise = self._slope(t_ns, likely)
         spread = probes.highest - probes.lowest
-        self.rise = self._slope(t_ns, degrees)
         return {
             "probe_temperature": probes,
             "temperature_spread": Scalar(spread, probes.high, detail=self._spread_text(probes)),
@@ -91,6 +99,14 @@ class Thermal:
             "probe_still": items(self._still.copy()),
             "probe_lag": items(np.abs(median_c - self._median_at_move)),
         }
+
+
+def _without_open(degrees: Floats, median_c: float) -> Floats:
+    """Return the probes with those NaN that read what no cell can be."""
+    is_open = median_c - degrees >= OPEN_K
+    if np.count_nonzero(is_open) > max(1, int(len(degrees) * OPEN_SHARE_MAX)):
+        return degrees
+    return np.where(is_open, np.nan, degrees)
 
 
 def _median(values: Floats) -> float:

@@ -120,11 +120,12 @@ CYCLES: dict[str, tuple[Phase, ...]] = {
     "parked": (_PARKED,),
     "charge-ac": (_PLUGGED, Phase(_HOUR_S, 0, IGNITION_OFF, CHARGING_AC, 11)),
     "charge-dc": (_PLUGGED, Phase(_HOUR_S, 0, IGNITION_OFF, CHARGING_DC, 120)),
-    "day": (
-        Phase(6 * _HOUR_S, 0, IGNITION_OFF), *_CITY * 5, *_HIGHWAY * 4, *_CITY * 3,
+    "day": (  # 24 h, with a fast charge on the way to work
+        Phase(6 * _HOUR_S, 0, IGNITION_OFF), *_CITY * 5, *_HIGHWAY * 4,
+        _PLUGGED, Phase(1200, 0, IGNITION_OFF, CHARGING_DC, 120), *_CITY * 3,
         Phase(8 * _HOUR_S, 0, IGNITION_OFF), *_CITY * 3, *_HIGHWAY * 4, *_CITY * 5,
         Phase(60, 0, IGNITION_OFF, PLUGGED_IDLE), Phase(5 * _HOUR_S, 0, IGNITION_OFF, CHARGING_AC, 11),
-        Phase(4 * _HOUR_S, 0, IGNITION_OFF),
+        Phase(12_154, 0, IGNITION_OFF),
     ),
 }  # fmt: skip
 

@@ -2,20 +2,29 @@
 
 The peer holds each cell and probe against its limits, the way a script would, and takes the same extremes,
 mean and sigma; it has no debounce, hysteresis, slope, drift, staleness or text, so it does far less.
+And whether all that cost is for nothing but silence: a healthy pack's day, as bytes, raises no alarm.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from tbox.agent import build_stages
+from tbox.config import BusConfig, Config, RulesConfig, VehicleConfig
 from tbox.edge.readings import items
 from tbox.edge.rules import RuleSet, load_rules
 from tbox.edge.stage import EdgeSettings, EdgeStage
+from tbox.flow import Flow
 from tbox.ledger import Ledger
-from tbox.model import NS_PER_MS, EdgeOutput, Now, SampleBatch
+from tbox.model import NS_PER_MS, NS_PER_S, EdgeOutput, FrameBatch, Now, SampleBatch
+from tbox.sim.simulator import SimSettings, Simulator
+from tbox.sim.vehicle import CHARGING_DC, IGNITION_ON, load_cycle
+from tbox.uplink.session import UplinkSettings
 from tests.bench.harness import Result, interleaved, seconds
 from tests.core.edge_fixture import CATALOG, CELLS, COLUMNS, PROBES, Bench, Floats, NoisyPack
 
@@ -25,6 +34,12 @@ BURST_SCANS = (
     10  # so many scans in one batch of 10 ms: about what 10,000 frames/s of 24 cells each would bring
 )
 WHERE = "user-mode CPU of this machine"
+DBC = Path(__file__).parents[2] / "dbc"
+DAY_S = 86_400
+AWAKE_STEP_NS = 200 * NS_PER_MS
+REST_STEP_NS = 10 * NS_PER_S
+# A parked or AC-charging BMS reports a scan in two seconds; every message's phase is in its first 100 ms.
+REST_SCAN_NS, REST_SCAN_LASTS_NS = 2 * NS_PER_S, 100 * NS_PER_MS
 
 
 def _batches(rows: Floats, scans_each: int = 1) -> list[tuple[int, SampleBatch]]:
@@ -68,12 +83,16 @@ class _Plain:
 
 
 def cases() -> Iterator[Result]:
-    """Yield the cost of a scan's statistics, of all rules on a scan, on a burst, and of the whole step."""
+    """Yield the cost of a scan's statistics, of all rules on a scan, on a burst, and of the whole step;
+    then the alarms of a healthy day."""
     rules = load_rules("nmc")
     rows = NoisyPack(np.random.default_rng(1), soc=0.7).rows(np.full(SCANS, -40.0), 0.1)
     yield _statistics(rows)
     yield from _rules(rules, rows)
     yield _whole_step(rules, rows)
+    for chemistry in CHEMISTRIES:
+        for frames in LAYOUTS:
+            yield _healthy_day(chemistry, frames)
 
 
 def _statistics(rows: Floats) -> Result:
@@ -144,3 +163,67 @@ def _whole_step(rules: RuleSet, rows: Floats) -> Result:
         bench="edge", case="whole edge step, a scan of 262 signals each", value=value, unit="us/step",
         goal="<= 1000: 1 % of a core at 10 Hz", ok=value <= 1000.0, note=WHERE,
     )  # fmt: skip
+
+
+# --- a healthy day ------------------------------------------------------------------------------------
+
+Chemistry = Literal["NMC", "LFP"]
+Layout = Literal["plain", "mux"]
+CHEMISTRIES: tuple[Chemistry, ...] = ("NMC", "LFP")
+LAYOUTS: dict[Layout, str] = {"plain": "tbox_bms.dbc", "mux": "tbox_bms_mux.dbc"}
+
+
+def _healthy_day(chemistry: Chemistry, frames: Layout) -> Result:
+    """24 hours of rest, city, highway, fast charge and AC charge through simulator, decode and edge."""
+    ledger = Ledger()
+    files = [str(DBC / name) for name in (LAYOUTS[frames], "tbox_vehicle.dbc")]
+    config = Config(
+        vehicle=VehicleConfig(id="v"),
+        bus=[BusConfig(interface="virtual", channel="v", dbc=files)],
+        rules=RulesConfig(chemistry="lfp" if chemistry == "LFP" else "nmc"),
+        uplink=UplinkSettings(),
+    )
+    flow = Flow(*build_stages(config, ledger))
+    told: list[str] = []
+    for now, batch in _day(chemistry, frames):
+        told += [d.body["text"] for d in flow.step(now, batch).drafts if d.kind == "alarm"]
+    ledger.check()
+    count = ledger.snapshot()["decode"]["out"]
+    return Result(
+        bench="edge", case=f"healthy pack, 24 simulated hours, {chemistry} {frames}", value=len(told),
+        unit="alarms", goal="0", ok=not told and count > DAY_S, note="; ".join(told[:3]) or f"{count} frames",
+    )  # fmt: skip
+
+
+def _day(chemistry: Chemistry, frames: Layout) -> Iterator[tuple[Now, FrameBatch | None]]:
+    """The day in steps: every frame while driving or fast charging, else one scan in REST_SCAN_NS."""
+    cycle = load_cycle("day", loop=True)
+    simulator = Simulator(
+        11,
+        SimSettings(
+            chemistry=chemistry, frames=frames, cycle="day", physics_ms=200, soc_percent=45.0,
+            ambient_c=8.0, pack_c=24.0,
+        ),
+    )  # fmt: skip
+    t_ns = 0
+    while t_ns < DAY_S * NS_PER_S:
+        wish = cycle.at(t_ns / NS_PER_S)
+        if wish.ignition >= IGNITION_ON or wish.charging >= CHARGING_DC:
+            t_ns += AWAKE_STEP_NS
+            yield Now(t_ns), None
+            for batch in simulator.frames_until(t_ns):
+                yield Now(t_ns), batch
+        else:
+            t_ns += REST_STEP_NS
+            for batch in simulator.frames_until(t_ns):
+                yield from _thinned(batch)
+
+
+def _thinned(batch: FrameBatch) -> Iterator[tuple[Now, FrameBatch]]:
+    """Cut a long batch to its scans at rest, each taken when its last frame has come."""
+    kept = np.flatnonzero(batch.t_ns % REST_SCAN_NS < REST_SCAN_LASTS_NS)
+    scans = np.split(kept, np.flatnonzero(np.diff(batch.t_ns[kept]) > REST_SCAN_LASTS_NS) + 1)
+    for one in scans:
+        if len(one):
+            times = batch.t_ns[one]
+            yield Now(int(times[-1])), FrameBatch(batch.channel, batch.frames[one], times)

@@ -19,17 +19,18 @@ PARAMS = {"voltage_drop": 25.0, "temperature": 60.0, "sustained": 3.0}
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.floats(-5, 5), min_size=8, max_size=8), st.integers(200, 900),
+    st.floats(-5, 5), st.lists(st.floats(-0.5, 0.5), min_size=8, max_size=8), st.integers(200, 900),
     st.integers(0, 10**6),
 )  # fmt: skip
 def test_the_slope_is_that_of_a_line_fitted_to_the_window(
-    slopes: list[float], period_ms: int, seed: int
+    slope: float, apart: list[float], period_ms: int, seed: int
 ) -> None:
+    slopes = slope + np.array(apart)  # not so far apart that a probe is held to be open within the 18 s
     thermal, rows = Thermal(NAMES), []
     wobble = 0.1 * np.random.default_rng(seed).standard_normal((20, 8))
     for n in range(20):
         t_s = n * period_ms / 1000
-        rows.append((t_s, 25.0 + np.array(slopes) * t_s + wobble[n]))
+        rows.append((t_s, 25.0 + slopes * t_s + wobble[n]))
         thermal.step(round(t_s * S), rows[-1][1], ALL)
     window = [row for row in rows if rows[-1][0] - row[0] <= 2.0 + period_ms / 1000]
     window = [row for row in window if rows[-1][0] - row[0] < 2.0 + period_ms / 1000][-20:]
@@ -100,6 +101,36 @@ def test_a_coarse_probe_that_does_not_follow_the_median_lags() -> None:
         readings = thermal.step(n * S // 5, degrees, ALL)
     lag = readings["probe_lag"]
     assert isinstance(lag, Items) and lag.high == 2 and lag.highest == pytest.approx(14.0)
+
+
+def spread_k(degrees: list[float]) -> float | None:
+    reading = Thermal(NAMES).step(0, np.array(degrees), ALL)["temperature_spread"]
+    assert isinstance(reading, Scalar)
+    return reading.value
+
+
+def test_an_open_probe_is_told_as_open_and_left_out_of_the_spread() -> None:
+    degrees = [25.0, 26.0, -40.0, 25.0, 25.0, 27.0, 25.0, 25.0]
+    assert spread_k(degrees) == pytest.approx(2.0)
+    cold = Thermal(NAMES).step(0, np.array(degrees), ALL)["probe_cold"]
+    assert isinstance(cold, Items) and cold.high == 2 and cold.highest == pytest.approx(65.0)
+
+
+def test_a_pack_that_is_cold_on_one_side_has_its_whole_spread() -> None:
+    assert spread_k([25.0, 25.0, 0.0, 0.0, 0.0, 25.0, 25.0, 25.0]) == pytest.approx(25.0)
+    assert spread_k([25.0, 25.0, 5.5, 25.0, 25.0, 25.0, 25.0, 25.0]) == pytest.approx(19.5)
+
+
+def test_a_wire_that_makes_contact_again_is_no_rise() -> None:
+    thermal, highest = Thermal(NAMES), 0.0
+    for n in range(60):
+        degrees = np.full(8, 25.0)
+        if 20 <= n < 40:
+            degrees[6] = -40.0
+        thermal.step(n * S // 5, degrees, ALL)
+        if thermal.rise is not None:
+            highest = max(highest, float(np.nanmax(thermal.rise)))
+    assert highest < 0.01
 
 
 # --- runaway ------------------------------------------------------------------------------------------

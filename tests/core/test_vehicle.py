@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tbox.sim.vehicle import CYCLES, CycleError, Vehicle, load_cycle
+from tbox.sim.vehicle import (
+    CHARGING_AC,
+    CHARGING_DC,
+    CYCLES,
+    PLUGGED_IDLE,
+    UNPLUGGED,
+    CycleError,
+    Vehicle,
+    load_cycle,
+)
 from tests.data import data_file
 
 DT_S = 0.1
@@ -122,6 +131,13 @@ def test_a_csv_that_is_no_cycle_is_refused_naming_the_line(tmp_path: Path, text:
     with pytest.raises(CycleError) as error:
         load_cycle(str(path))
     assert where in str(error.value)
+
+
+def test_the_day_is_a_day_of_rest_driving_and_both_kinds_of_charging() -> None:
+    day = load_cycle("day")
+    assert day.seconds == 86_400
+    assert {phase.charging for phase in day.phases} == {UNPLUGGED, PLUGGED_IDLE, CHARGING_AC, CHARGING_DC}
+    assert max(phase.speed_kmh for phase in day.phases) > 120
 
 
 def test_an_unknown_cycle_lists_those_that_exist() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
@@ -234,3 +236,25 @@ def test_bad_input_is_one_error_that_names_the_file(tmp_path: Path) -> None:
         with pytest.raises(TboxError) as caught:
             run(*arguments)
         assert str(tmp_path) in str(caught.value) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("more", [[], ["--dialect", "blf"]])
+def test_a_pipe_that_would_be_read_twice_is_refused_in_one_line(tmp_path: Path, more: list[str]) -> None:
+    _, dbc, out = files(tmp_path, "")
+    result = decode_pipe(dbc, out, *more)
+    assert result.returncode == 2 and not out.exists()
+    assert result.stderr.startswith("tbox: /dev/stdin: a pipe cannot be read twice; write it to a file first")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_pipe_of_a_named_text_format_is_decoded(tmp_path: Path) -> None:
+    _, dbc, out = files(tmp_path, "")
+    result = decode_pipe(dbc, out, "--dialect", "candump")
+    assert result.returncode == 0 and json.loads(result.stdout)["decoded"] == 1
+
+
+def decode_pipe(dbc: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    arguments = ["decode", "/dev/stdin", "--dbc", str(dbc), "--out", str(out), *more]
+    command = [sys.executable, "-m", "tbox", *arguments]
+    log = "can0 123#0005000000000007\n"
+    return subprocess.run(command, input=log, capture_output=True, text=True, timeout=60, check=False)

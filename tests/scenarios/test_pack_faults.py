@@ -105,6 +105,15 @@ def test_each_fault_of_the_vehicle_is_told_within_its_rules_time(frames: str, na
     assert raised and raised[0] <= expected.within_s, sorted({(b["alarm"], b["t_s"]) for b in told})[:8]
 
 
+def test_an_open_probe_is_no_cold_spot_of_the_pack() -> None:
+    told = alarms(AT_S + 40, SimSettings(frames="mux"), [at_s("sensor-open:probe=11")])
+    rules = {body["alarm"] for body in told}
+    assert "probe-open" in rules
+    assert rules <= {"probe-open", "probe-lost"}, (
+        "noise takes it below -40 degC, what the DBC allows, at times"
+    )
+
+
 @pytest.mark.parametrize("frames", ["plain", "mux"])
 @pytest.mark.parametrize(
     "fault",
