@@ -39,6 +39,7 @@ from tbox.edge.rules import RuleSet, load_rules
 from tbox.edge.stage import EdgeStage
 from tbox.errors import Refused, TboxError
 from tbox.flow import BusThread, Flow, PipelineThread, Scribe
+from tbox.gap import FrameGaps, Spans, last_frames
 from tbox.health import Health, notify_systemd, process_figures
 from tbox.ledger import Ledger, StageTotals
 from tbox.model import NS_PER_S, Draft, Level, Now, Record
@@ -147,6 +148,7 @@ class Agent:
         decode, edge = build_stages(config, self.ledger)
         self._control = ControlServer(config.control_socket, self._handlers())
         self._open_spool(now)
+        self._gaps = FrameGaps(OsStorage(), config.device.state_directory, self.start_number)
 
         readers = [
             open_reader(bus, channel, ids=_known_ids(decode, channel))
@@ -173,9 +175,22 @@ class Agent:
         )  # fmt: skip
         self.updates = self._open_updates()
 
+    @property
+    def _from_slot(self) -> bool:
+        """Whether a boot loader started this agent."""
+        return self.config.ota.rpi_tryboot is not None or bool(os.environ.get("TBOX_SLOT"))
+
+    def _may_migrate(self) -> bool:
+        """Whether files may be brought up to this release: not while the one before may have to run again."""
+        if not self._from_slot:
+            return True
+        from tbox.update import runs_on_trial
+
+        return runs_on_trial(self.config.ota) is False
+
     def _open_updates(self) -> Updates | None:
         """Return what keeps this agent up to date, None where no boot loader started it."""
-        if self.config.ota.rpi_tryboot is None and not os.environ.get("TBOX_SLOT"):
+        if not self._from_slot:
             return None
         # Metadata and HTTP libraries take memory that an agent without slots need not spend.
         from tbox.update import Around, open_updates
@@ -197,7 +212,7 @@ class Agent:
         scribe = Scribe(self.minter, privacy, self.ledger.stage("record", "records"))
         self.spool = Spool.open(
             config.spool_directory, config.spool, start=self.start_number, now=now, ledger=self.ledger,
-            mint=lambda draft: scribe.record(draft, self.clock.now()),
+            mint=lambda draft: scribe.record(draft, self.clock.now()), migrate=self._may_migrate(),
         )  # fmt: skip
         self.runner = SpoolRunner(
             self.spool, scribe.records, self._kept, self.clock.now, self.health.heart("spool"),
@@ -235,6 +250,7 @@ class Agent:
         """Look after clock, threads and health records; return False when the daemon must restart."""
         now, offset = self.clock.look()
         self._tell_offset(offset)
+        self._tell_gaps(now)
         if self._failed() or not self.uplink.alive:
             return False
         self.health.heart("uplink").beats = self.uplink.beat
@@ -246,6 +262,7 @@ class Agent:
             log.error("stalled", threads=stalled)
         if self._health_due.passed(now.mono_ns):
             self._health_due = Deadline.after(now.mono_ns, self.config.device.health_s)
+            self._gaps.note(self._spans(), now)
             self.tell("health", **self.figures())
         return True
 
@@ -279,7 +296,10 @@ class Agent:
         self.pipeline.stop()
         # Asked of the spool's thread, the ledger holds everything that was handed over before.
         totals = self.totals() if self.runner.failure else self.runner.call(lambda _: self.totals())
-        self.tell("event", event="stop", ledger=totals)
+        now, spans = self.clock.now(), self._spans()
+        self._tell_gaps(now)
+        self._gaps.note(spans, now, final=True)
+        self.tell("event", event="stop", ledger=totals, last_frames=last_frames(spans, now))
         self.uplink.stop(drain_s)
         self.runner.stop()
         clean = not self._failed()
@@ -313,6 +333,14 @@ class Agent:
                 quality=change.quality.name.lower(), first=change.first,
             )  # fmt: skip
         self._offset = None
+
+    def _spans(self) -> Spans:
+        return {bus.reader.name: bus.span_ns for bus in self.buses}
+
+    def _tell_gaps(self, now: Now) -> None:
+        """Say how long each bus went unheard before this start, once it is heard again."""
+        for body in self._gaps.tell(self._spans(), now):
+            self.tell("event", **body)
 
     # --- answers --------------------------------------------------------------------------------------
 

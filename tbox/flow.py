@@ -145,6 +145,7 @@ class BusThread:
         self._heart = heart
         self._held: list[FrameBatch] = []
         self._due = Deadline(0)  # when what is held goes
+        self.span_ns: tuple[int, int] | None = None  # monotonic ns of the first and the last frame
         self._stopping = threading.Event()
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name=f"can-rx-{reader.channel}", daemon=True)
@@ -183,6 +184,8 @@ class BusThread:
         return batch is not None
 
     def _take(self, batch: FrameBatch) -> None:
+        first_ns = int(batch.t_ns[0]) if self.span_ns is None else self.span_ns[0]
+        self.span_ns = first_ns, int(batch.t_ns[-1])
         presses = self._presses(batch)
         if presses:
             self._hand_over()

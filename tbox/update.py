@@ -369,7 +369,7 @@ def open_updates(config: Config, around: Around) -> Updates | None:
         return Updates(config, around)
     except (TboxError, OSError) as error:
         log.error("updates_unavailable", why=str(error))
-        if _runs_on_trial(config.ota):
+        if runs_on_trial(config.ota):
             raise TboxError(f"on trial, and could not be updated any more: {error}") from None
         body = {"event": "broken", "state": "broken", "reason": str(error)}
         around.emit(Draft("ota", Level.ALARM, around.now().mono_ns, body))
@@ -380,12 +380,13 @@ def _on_trial(control: BootControl, running: SlotName) -> bool:
     return control.slot(running).state in (SlotState.TRIAL, SlotState.LAST_TRY)
 
 
-def _runs_on_trial(settings: OtaConfig) -> bool:
+def runs_on_trial(settings: OtaConfig) -> bool | None:
+    """Return whether this agent's image is on trial, None where boot control cannot say."""
     with suppress(TboxError, OSError):
         storage = OsStorage()
         backend, slots = started_from(settings, storage, os.environ)
         return _on_trial(BootCtl(storage, slots.directory).read(), backend.running())
-    return False
+    return None
 
 
 def _missing(requires: Any) -> str:

@@ -50,7 +50,7 @@ def _stopped(directory: str, key_file: str) -> Iterator[tuple[Flash, Keyring]]:
         if not Path(path).exists():
             raise SpoolError("there is no spool here", where=directory, mend="name the spool's directory")
         try:
-            with contextlib.closing(Flash(path, sqlite3.connect, QUOTA_BYTES_MAX)) as flash:
+            with contextlib.closing(Flash(path, sqlite3.connect, QUOTA_BYTES_MAX, migrate=False)) as flash:
                 yield flash, _keys(directory, key_file, flash)
         except sqlite3.Error as error:
             raise SpoolError(

@@ -145,8 +145,8 @@ TABLES = "{} r LEFT JOIN partly p ON p.id = r.id"
 class Flash:
     """An open spool file. One connection, one thread."""
 
-    def __init__(self, path: str, connect: Connect, quota_bytes: int) -> None:
-        """Open or create the file. Raises sqlite3.Error, SpoolSchemaError."""
+    def __init__(self, path: str, connect: Connect, quota_bytes: int, *, migrate: bool = True) -> None:
+        """Open or create the file; migrate: see `schema.bring_up`. Raises sqlite3.Error, SpoolSchemaError."""
         self.path = path
         self._db = connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         self._newest: dict[Lane, int] = dict.fromkeys(LANES, 0)
@@ -154,7 +154,7 @@ class Flash:
         try:
             for pragma in pragmas(quota_bytes):
                 self._db.execute(f"PRAGMA {pragma}").fetchall()
-            schema.bring_up(self._db, path)
+            schema.bring_up(self._db, path, migrate=migrate)
             self._look()
         except BaseException:
             self._db.close()

@@ -1,8 +1,9 @@
 """The spool's tables and how they grow. sqlite-utils makes and migrates them at open; nothing here sends.
 
 The version in `user_version` is family * 1000 + step. Within a family steps only add what an older
-release can ignore (a nullable column, a view), so an update that is rolled back still opens its spool. A
-spool of another family is refused with its data untouched.
+release can ignore (a nullable column, a view), so an update that is rolled back still opens its spool; a
+release does without the steps that are still to come, for none is made while it is on trial. A spool of
+another family is refused with its data untouched.
 """
 
 from __future__ import annotations
@@ -81,12 +82,13 @@ def version(connection: Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
-def bring_up(connection: Connection, where: str, migrations: Sequence[Migration] | None = None) -> None:
+def bring_up(connection: Connection, where: str, *, migrate: bool = True) -> None:
     """Make the tables of a new spool or add the steps that an older one lacks, each in one transaction.
 
+    migrate False: an older one stays as it is, and a new one is made as the first release made it.
     Raises SpoolSchemaError for a spool of a family this release does not know.
     """
-    migrations = MIGRATIONS if migrations is None else migrations
+    migrations = MIGRATIONS if migrate else MIGRATIONS[:1]
     found = version(connection)
     if found and found // FAMILY_SIZE != FAMILY:
         raise SpoolSchemaError(

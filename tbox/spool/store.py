@@ -120,13 +120,16 @@ class Spool:
         connect: Connect = sqlite3.connect,
         storage: Storage | None = None,
         random: Random = os.urandom,
+        migrate: bool = True,
     ) -> Spool:
-        """Open or create the spool in `directory`.
+        """Open or create the spool in `directory`; with `migrate` off an older schema stays as it is.
 
         Raises SpoolLocked, SpoolKeyError, SpoolSchemaError, SpoolError: the data is then as it was. A
         medium that fails is no error: the spool runs from RAM, says so in an alarm and keeps trying.
         """
-        spool = cls(directory, settings, start, mint, ledger, connect, storage or OsStorage(), random)
+        spool = cls(
+            directory, settings, start, mint, ledger, connect, storage or OsStorage(), random, migrate
+        )
         try:
             spool._attach(now)
         except (sqlite3.Error, OSError) as error:
@@ -146,6 +149,7 @@ class Spool:
         connect: Connect,
         storage: Storage,
         random: Random,
+        migrate: bool,
     ) -> None:
         storage.mkdir(directory)
         self._lock = DirectoryLock(directory)
@@ -156,6 +160,7 @@ class Spool:
         self._connect = connect
         self._storage = storage
         self._random = random
+        self._migrate = migrate
         self._account = ledger.stage("spool", "records")
         self._drain = Drain(
             TokenBucket(settings.backlog_records_s, max(1, settings.backlog_records_s // 5)),
@@ -652,7 +657,7 @@ class Spool:
     def _open_file(self) -> Flash:
         path = f"{self._directory}/{FILE_NAME}"
         try:
-            return Flash(path, self._connect, self._settings.quota_bytes)
+            return Flash(path, self._connect, self._settings.quota_bytes, migrate=self._migrate)
         except sqlite3.Error as error:
             if is_busy(error):
                 raise SpoolLocked(

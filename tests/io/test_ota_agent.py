@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ import pytest
 from tbox.bench.factory import CRASHES, Factory
 from tbox.control import ControlError, request
 from tbox.errors import Refused
+from tbox.model import COUNTER_BITS, NS_PER_S
 from tbox.ota.serve import running
 from tbox.sim.broker import MosquittoBroker, find_mosquitto
-from tests.daemon import TBOX, Daemon, Judge, Vehicle, tbox, wait_for
+from tbox.spool import schema
+from tests.daemon import TBOX, WAIT_S, Daemon, Judge, Vehicle, tbox, wait_for
 
 pytestmark = [
     pytest.mark.mosquitto,
     pytest.mark.slow,
     pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed"),
 ]
+# Its spool has a step more than that of the release before.
+MIGRATES = {"spool/schema.py": "\n\nMIGRATIONS += (lambda db: db['alarm'].add_column('later', int),)\n"}
 DRIVING = "cycSecs,cycMps\n0,0\n3,10\n3600,10\n"
 SETTINGS = """\
 [edge.mode]
@@ -67,6 +72,10 @@ class Car(Daemon):
     def control(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(tbox("boot", "--status", "--dir", str(self.slots)).stdout)
         return found
+
+    def spool_schema(self) -> int:
+        with closing(sqlite3.connect(self.directory / "state" / "spool" / "spool.db")) as db:
+            return schema.version(db)
 
     def runs(self, version: str) -> bool:
         return bool(self.status().get("version") == version)
@@ -113,6 +122,15 @@ class Bench:
         wait_for("everything at the broker", self.judge.complete)
 
 
+def _instants(bench: Bench, event: str, start: int) -> list[int]:
+    """Return the monotonic times of a start's records of an event."""
+    return [
+        record["mono"]
+        for record in bench.judge.records
+        if record["body"].get("event") == event and record["id"] >> COUNTER_BITS == start
+    ]
+
+
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     with ExitStack() as stack:
@@ -123,7 +141,7 @@ def test_a_delta_is_installed_while_driving_switched_to_once_parked_and_proves_i
     bench.car.start()
     assert bench.car.runs("1.0") and bench.car.ota()["running"]["slot"] == "a"
     drive = bench.drive()
-    bench.offer("2.0", 2)
+    bench.offer("2.0", 2, MIGRATES)
     held = wait_for("it is held until parked", lambda: bench.told("held", state="ready"))
     assert held[-1]["reason"] == "the vehicle is not parked"
     assert bench.told("go")[0]["reason"].endswith(".bsdiff"), "the delta was not taken"
@@ -143,10 +161,24 @@ def test_a_delta_is_installed_while_driving_switched_to_once_parked_and_proves_i
     first, second = bench.judge.bodies("event", event="start")
     assert (first["version"], second["version"]) == ("1.0", "2.0")
     assert second["previous"]["start"] == first["start"] and second["previous"]["clean"] is True
-    assert bench.judge.bodies("event", event="stop")[0]["ledger"]["bus"]["dropped"] == {}
+    stop = bench.judge.bodies("event", event="stop")[0]
+    assert stop["ledger"]["bus"]["dropped"] == {}
+    (gap,) = bench.judge.bodies("event", event="frames_resumed")
+    assert (gap["bus"], gap["since"], gap["clock"]) == (bench.car.bus_url, first["start"], "monotonic")
+    assert 0 < gap["gap_s"] < WAIT_S and gap["upper_bound"] is False
+    resumed_ns = stop["last_frames"][gap["bus"]]["mono_ns"] + gap["gap_s"] * NS_PER_S
+    (stopped_ns,) = _instants(bench, "stop", first["start"])
+    (started_ns,) = _instants(bench, "start", second["start"])
+    assert stopped_ns < started_ns < resumed_ns, "the gap does not span the restart"
     audit = tbox("ota", "audit", "--json", str(bench.car.directory / "state" / "ota")).stdout
     events = [json.loads(line)["event"] for line in audit.splitlines()[:-1]]
     assert events.index("installed") < events.index("switch") < events.index("passed")
+
+    released = bench.car.spool_schema()
+    assert released == schema.FAMILY * schema.FAMILY_SIZE + len(schema.MIGRATIONS), "it migrated on trial"
+    bench.car.start()
+    assert bench.car.stop() == 0
+    assert bench.car.spool_schema() == released + 1
 
 
 def test_what_must_not_come_in_does_not_and_what_crashes_goes_back(bench: Bench) -> None:

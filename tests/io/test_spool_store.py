@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 import stat
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,13 @@ from tests.crash.workload import Minter, settings
 class Rig:
     """A spool with the minter and ledger of its start."""
 
-    def __init__(self, directory: Path, start: int = 1, **changes: Any) -> None:
+    def __init__(self, directory: Path, start: int = 1, *, migrate: bool = True, **changes: Any) -> None:
         self.minter = Minter(start, random.Random(start))
         self.ledger = Ledger()
         self.spool = Spool.open(
-            str(directory), settings(**changes), start=start, mint=self.minter, now=Now(0), ledger=self.ledger
-        )
+            str(directory), settings(**changes), start=start, mint=self.minter, now=Now(0),
+            ledger=self.ledger, migrate=migrate,
+        )  # fmt: skip
 
     def put(self, n: int, fill: int = 100, level: Level = Level.INFO) -> list[Record]:
         kind = "alarm" if level >= Level.ALARM else "telemetry"
@@ -233,6 +236,11 @@ def test_a_backlog_of_earlier_starts_is_counted_in_portions(
     again.close()
 
 
+def _add_later(db: Any) -> None:
+    """Be the step of a release to come."""
+    db["alarm"].add_column("later", int)
+
+
 def test_a_newer_step_of_the_family_opens_and_another_family_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,11 +248,8 @@ def test_a_newer_step_of_the_family_opens_and_another_family_is_refused(
     made = rig.put(3)
     rig.close()
 
-    def add(db: Any) -> None:
-        db["alarm"].add_column("later", int)
-
     with monkeypatch.context() as newer:
-        newer.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, add))
+        newer.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, _add_later))
         Rig(tmp_path, 2).close()
     rolled_back = Rig(tmp_path, 3)
     assert rolled_back.drain() == made
@@ -252,6 +257,48 @@ def test_a_newer_step_of_the_family_opens_and_another_family_is_refused(
     monkeypatch.setattr(schema, "FAMILY", 2)
     with pytest.raises(SpoolSchemaError, match="run the release that wrote it"):
         Rig(tmp_path, 4)
+
+
+def test_on_trial_no_step_is_made_and_records_flow_both_ways_until_it_is_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def schema_of() -> int:
+        with closing(sqlite3.connect(tmp_path / "spool.db")) as db:
+            return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+    rig = Rig(tmp_path)
+    made = rig.put(3)
+    rig.close()
+    released = schema_of()
+    with monkeypatch.context() as newer:
+        newer.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, _add_later))
+        on_trial = Rig(tmp_path, 2, migrate=False)
+        assert on_trial.drain() == made
+        made += on_trial.put(3)
+        on_trial.close()
+        assert schema_of() == released
+    rolled_back = Rig(tmp_path, 3)
+    assert rolled_back.drain() == made
+    rolled_back.close()
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, _add_later))
+    good = Rig(tmp_path, 4)
+    assert good.drain() == made
+    good.close()
+    assert schema_of() == released + 1
+
+
+def test_a_spool_made_on_trial_is_one_that_the_first_release_could_have_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, _add_later))
+    rig = Rig(tmp_path, migrate=False)
+    made = rig.put(3)
+    rig.close()
+    with closing(sqlite3.connect(tmp_path / "spool.db")) as db:
+        assert "later" not in [row[1] for row in db.execute("PRAGMA table_info(alarm)")]
+    again = Rig(tmp_path, 2)
+    assert again.drain() == made
+    again.close()
 
 
 def test_the_ballast_holds_the_room_and_gives_it_to_the_database(tmp_path: Path) -> None:
