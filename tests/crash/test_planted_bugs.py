@@ -206,7 +206,13 @@ def rows_under_new_ids() -> Any:
         renamed = [Record(one.id + 5000, one.kind, one.level, one.payload) for one in run]
         return original(self, renamed, at_s)
 
-    return mock.patch.object(Spool, "_sealed_run", sealed)
+    settled = Spool._settle
+
+    def settle(self: Spool) -> None:  # the spool itself does not notice
+        self._tried = [(lane, run._replace(id=run.id - 5000)) for lane, run in self._tried]
+        settled(self)
+
+    return mock.patch.multiple(Spool, _sealed_run=sealed, _settle=settle)
 
 
 def clean_before_it_is() -> Any:
