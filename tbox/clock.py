@@ -22,6 +22,8 @@ WALL_CEILING_NS = int(dt.datetime(2080, 1, 1, tzinfo=dt.UTC).timestamp()) * NS_P
 # Wall and monotonic time may drift apart by slewing; more than this between two looks is a jump.
 WALL_JUMP_NS_MIN = NS_PER_S // 2
 
+BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
+
 # A start number that was lost jumps this far above any that was seen, past starts that left no trace.
 START_JUMP = 1 << 16
 START_MAX = (1 << 31) - 1  # ids stay within SQLite's signed 64 bit
@@ -116,6 +118,11 @@ class Deadline:
 
     def left_s(self, mono_ns: int) -> float:
         return max(0.0, (self.at_ns - mono_ns) / NS_PER_S)
+
+
+def boot_id(storage: Storage, path: str = BOOT_ID_FILE) -> str:
+    """Return the kernel's name for this boot: one life of the monotonic clock. Raises OSError."""
+    return storage.read(path).decode("ascii", "replace").strip()
 
 
 def next_start(storage: Storage, directory: str, *, seen: int) -> int:

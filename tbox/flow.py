@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import structlog
 
+from tbox.bus.frames import concatenated
 from tbox.bus.spec import BusReader
 from tbox.bus.writer import BusWriter
 from tbox.clock import Deadline
@@ -24,8 +25,6 @@ from tbox.errors import TboxError
 from tbox.health import Heart
 from tbox.ledger import StageLedger
 from tbox.model import (
-    FRAME_BYTES,
-    FRAME_DTYPE,
     CanSend,
     Draft,
     EdgeOutput,
@@ -94,20 +93,15 @@ class Flow:
     def __init__(self, decode: DecodeStage, edge: EdgeStage) -> None:
         self.decode, self.edge = decode, edge
 
-    def step(self, now: Now, batch: FrameBatch | None) -> EdgeOutput:
-        """Take the frames of one bus, None when only time passed; return what to keep and what to send."""
-        return self.edge.step(now, self._decoded(now, batch), batch)
+    def step(
+        self, now: Now, batch: FrameBatch | None, send: Callable[[CanSend], None] | None = None
+    ) -> EdgeOutput:
+        """Take the frames of one bus, None when only time passed; return what to keep and what was sent.
 
-    def send_first(self, now: Now, batch: FrameBatch | None, send: Callable[[CanSend], None]) -> list[Draft]:
-        """Do the same, with `send` called as soon as the rules have spoken; return what to keep."""
-        samples = self._decoded(now, batch)
-        urgent = self.edge.judge(now, samples)
-        for frame in urgent.sends:
-            send(frame)
-        return urgent.drafts + self.edge.follow(now, samples, batch)
-
-    def _decoded(self, now: Now, batch: FrameBatch | None) -> SampleBatch:
-        return self.decode.step(now, batch) if batch is not None else NO_SAMPLES
+        send: called as soon as the rules have spoken (EdgeStage.step).
+        """
+        samples = self.decode.step(now, batch) if batch is not None else NO_SAMPLES
+        return self.edge.step(now, samples, batch, send)
 
     @property
     def hurried(self) -> bool:
@@ -205,8 +199,7 @@ class BusThread:
 def _joined(batches: list[FrameBatch]) -> FrameBatch:
     if len(batches) == 1:
         return batches[0]
-    # As bytes: numpy copies structs field by field, at five times the cost.
-    frames = np.concatenate([batch.frames.view(f"V{FRAME_BYTES}") for batch in batches]).view(FRAME_DTYPE)
+    frames = concatenated([batch.frames for batch in batches])
     return FrameBatch(batches[0].channel, frames, np.concatenate([batch.t_ns for batch in batches]))
 
 
@@ -257,7 +250,7 @@ class PipelineThread:
             item.run()
             return
         now = self._now()
-        self._keep(self._flow.send_first(now, item, self._send), now)
+        self._keep(self._flow.step(now, item, self._send).drafts, now)
 
     def _send(self, frame: CanSend) -> None:
         try:

@@ -12,12 +12,12 @@ from typing import Any
 import msgspec
 import structlog
 
+from tbox.clock import boot_id
 from tbox.durable import DurableError, Storage, TwoCopies
 from tbox.model import NS_PER_S, Now, TimeQuality
 
 log = structlog.get_logger()
 
-BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
 STEM = "frames"
 
 # By bus: monotonic ns of the first and the last frame of this start, None before the first.
@@ -126,6 +126,6 @@ class FrameGaps:
 
 def _boot_id(storage: Storage) -> str:
     try:
-        return storage.read(BOOT_ID_FILE).decode("ascii", "replace").strip()
+        return boot_id(storage)
     except OSError:
         return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import can
 import numpy as np
@@ -18,6 +18,7 @@ from tbox.model import (
     CANFD_BRS,
     CANFD_ESI,
     CANFD_FDF,
+    FRAME_BYTES,
     FRAME_DTYPE,
     CanSend,
 )
@@ -105,6 +106,12 @@ def unpack_message(raw: bytes, timestamp_s: float = 0.0, *, is_rx: bool = True) 
 def frames_of(packed: Iterable[bytes]) -> npt.NDArray[np.void]:
     """Return packed frames as one (n,) FRAME_DTYPE array of its own memory."""
     return np.frombuffer(bytearray(b"".join(packed)), dtype=FRAME_DTYPE)
+
+
+def concatenated(parts: Sequence[npt.NDArray[np.void]]) -> npt.NDArray[np.void]:
+    """Return FRAME_DTYPE arrays as one. As bytes: numpy copies structs field by field, five times slower."""
+    whole: npt.NDArray[np.void] = np.concatenate([part.view(f"V{FRAME_BYTES}") for part in parts])
+    return whole.view(FRAME_DTYPE)
 
 
 # KEEP[n] is 1 for the first n bytes of a payload: what is behind them is whatever was there before.

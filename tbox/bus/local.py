@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from can.typechecking import CanFilters, Channel
 
-from tbox.bus.frames import DATA_BYTES_MAX, pack_message, unpack_message
+from tbox.bus.frames import DATA_BYTES_MAX, concatenated, pack_message, unpack_message
 from tbox.model import FRAME_BYTES, FRAME_DTYPE, NS_PER_S
 
 MEMBERS_MAX = 32  # each frame is written once for every other member
@@ -281,7 +281,8 @@ class LocalBus(can.BusABC):
                 frames, t_ns, mine = parts[0]
                 return frames, t_ns, np.full(len(t_ns), mine)
             if parts:
-                frames, t_ns = (np.concatenate(of) for of in list(zip(*parts, strict=True))[:2])
+                frames = concatenated([part[0] for part in parts])
+                t_ns = np.concatenate([part[1] for part in parts])
                 own = np.repeat([mine for *_, mine in parts], [len(part[1]) for part in parts])
                 order = np.argsort(t_ns, kind="stable")
                 return frames[order], t_ns[order], own[order]

@@ -52,7 +52,7 @@ class BusSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def gather_s(self, hurried: bool) -> float:
         """Return how long a reader gathers."""
-        return min(self.gather_ms, GATHER_MS_HURRIED if hurried else GATHER_MS_MAX) / 1000
+        return (min(self.gather_ms, GATHER_MS_HURRIED) if hurried else self.gather_ms) / 1000
 
 
 def parse_bus_url(text: str, *, fd: bool = True) -> BusSpec:

@@ -6,6 +6,7 @@ then the driving mode, the sampler, journeys, estimators and the black box see t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -21,7 +22,18 @@ from tbox.edge.rules import RuleSet
 from tbox.edge.sampler import Sampler, SamplerSettings
 from tbox.edge.watches import LoadSettings
 from tbox.ledger import Ledger
-from tbox.model import NS_PER_MS, NS_PER_S, Draft, EdgeOutput, FrameBatch, Level, Now, SampleBatch, Signal
+from tbox.model import (
+    NS_PER_MS,
+    NS_PER_S,
+    CanSend,
+    Draft,
+    EdgeOutput,
+    FrameBatch,
+    Level,
+    Now,
+    SampleBatch,
+    Signal,
+)
 
 STEP_NS_MAX = 100 * NS_PER_MS  # it wants to be called so often, on a silent bus too
 
@@ -65,32 +77,31 @@ class EdgeStage:
         self._warned: tuple[Level | None, str] = (None, "")
         self._context = Context()
         self._now_ns: int | None = None
-        self._alarms: list[Draft] = []  # of the step under way
-        self._snapshot = self._engine.pack.snapshot(Now(0))
 
-    def step(self, now: Now, samples: SampleBatch, frames: FrameBatch | None = None) -> EdgeOutput:
-        """Take what was received since the last step. Call it at least every 100 ms, bus or no bus."""
-        urgent = self.judge(now, samples)
-        drafts = urgent.drafts + self.follow(now, samples, frames)
-        return EdgeOutput(drafts, urgent.sends, urgent.next_wake_ns)
+    def step(
+        self,
+        now: Now,
+        samples: SampleBatch,
+        frames: FrameBatch | None = None,
+        send: Callable[[CanSend], None] | None = None,
+    ) -> EdgeOutput:
+        """Take what was received since the last step. Call it at least every 100 ms, bus or no bus.
 
-    def judge(self, now: Now, samples: SampleBatch) -> EdgeOutput:
-        """The first half of a step, what must not wait for the rest: the rules and the isolation request."""
+        send: is given the output's frames as soon as the rules have spoken; they do not wait for the rest.
+        """
         now = self._forward(now)
-        self._alarms = self._engine.step(now, samples, self._context)
-        self._snapshot = self._engine.pack.snapshot(now)
-        return self._out(now, self._alarms, self._snapshot.scalars.get("isolation_ack"))
-
-    def follow(self, now: Now, samples: SampleBatch, frames: FrameBatch | None = None) -> list[Draft]:
-        """The second half, with the same arguments: mode, sampler, journeys, estimators and black box."""
-        now = self._forward(now)
-        snapshot = self._snapshot
+        alarms = self._engine.step(now, samples, self._context)
+        snapshot = self._engine.pack.snapshot(now)
+        output = self._out(now, alarms, snapshot.scalars.get("isolation_ack"))
+        if send is not None:
+            for frame in output.sends:
+                send(frame)
         self._context, drafts = self._mode.step(now, snapshot)
         drafts += self._sampler.step(now, samples, self._context)
         drafts += self._journeys.step(now, snapshot, self._context)
         drafts += self._estimators.step(now, snapshot, self._context)
         drafts += self._blackbox.step(now, frames)
-        return drafts + self._captures(now, self._alarms)
+        return self._with_captures(now, output, alarms, drafts)
 
     def flush(self, now: Now) -> EdgeOutput:
         """At stop: give out what is held (open windows, journeys, captures)."""
@@ -109,8 +120,7 @@ class EdgeStage:
         now = self._forward(now)
         ack = self._engine.scalars.get("isolation_ack")
         alarms = self._engine.reset(now.mono_ns, rule)
-        output = self._out(now, alarms, ack)
-        return EdgeOutput(output.drafts + self._captures(now, alarms), output.sends, output.next_wake_ns)
+        return self._with_captures(now, self._out(now, alarms, ack), alarms, [])
 
     def _forward(self, now: Now) -> Now:
         """Time never runs backwards in here, whatever comes in."""
@@ -119,14 +129,16 @@ class EdgeStage:
         self._now_ns = now.mono_ns
         return now
 
-    def _captures(self, now: Now, alarms: list[Draft]) -> list[Draft]:
-        drafts: list[Draft] = []
+    def _with_captures(
+        self, now: Now, output: EdgeOutput, alarms: list[Draft], drafts: list[Draft]
+    ) -> EdgeOutput:
+        """Show the alarms to the black box; return the output with these drafts and its own behind it."""
         for alarm in alarms:
             if alarm.body["event"] == "clear":
                 self._blackbox.clear(now, alarm)
             else:
                 drafts += self._blackbox.trigger(now, alarm)
-        return drafts
+        return EdgeOutput(output.drafts + drafts, output.sends, output.next_wake_ns)
 
     def _out(self, now: Now, alarms: list[Draft], ack: float | None) -> EdgeOutput:
         standing = self._engine.standing()

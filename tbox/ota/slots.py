@@ -13,6 +13,7 @@ from typing import Annotated, Protocol
 import msgspec
 from msgspec import Meta
 
+from tbox.clock import BOOT_ID_FILE, boot_id
 from tbox.durable import RangedStorage
 from tbox.errors import TboxError
 from tbox.ota.boot import SLOT_NAMES, SlotName, other_slot
@@ -192,7 +193,7 @@ class TrybootSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     a: PiSlot
     b: PiSlot
     firmware_node: AbsolutePath = "/proc/device-tree/chosen/bootloader/partition"
-    boot_id_file: AbsolutePath = "/proc/sys/kernel/random/boot_id"
+    boot_id_file: AbsolutePath = BOOT_ID_FILE
 
     def slot(self, name: SlotName) -> PiSlot:
         return self.a if name == "a" else self.b
@@ -227,7 +228,7 @@ class RpiTrybootBackend:
         raise SlotError(f"partition {number} is no slot", where=node, mend="mend [ota.rpi_tryboot]")
 
     def boot_id(self) -> str:
-        return self._storage.read(self._settings.boot_id_file).decode("ascii", "replace").strip()
+        return boot_id(self._storage, self._settings.boot_id_file)
 
     def arm(self, name: SlotName, *, trial: bool) -> list[str]:
         self.settle(other_slot(name) if trial else name)

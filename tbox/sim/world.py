@@ -110,12 +110,12 @@ class World:
         self.spool.close(self.now, clean=True, ledger_totals=totals)
 
     def _flow_step(self, batch: FrameBatch | None) -> None:
-        output = self.flow.step(self.now, batch)
-        self._keep(output.drafts)
-        for frame in output.sends:
-            if frame.can_id in self.config.bus[frame.channel].allow:
-                self.sent.append(frame)
-                self.simulator.receive(frame, self._t_ns)
+        self._keep(self.flow.step(self.now, batch, self._send).drafts)
+
+    def _send(self, frame: CanSend) -> None:
+        if frame.can_id in self.config.bus[frame.channel].allow:
+            self.sent.append(frame)
+            self.simulator.receive(frame, self._t_ns)
 
     def _housekeep(self) -> int | None:
         wake_ns = self.uplink.step(self._t_ns)

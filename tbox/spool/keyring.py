@@ -12,7 +12,9 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from tbox.durable import Storage, TwoCopies
-from tbox.spool.flash import Flash, StartRow
+from tbox.model import COUNTER_BITS
+from tbox.spool.flash import Flash, Run, StartRow
+from tbox.spool.schema import KIND_NAMES
 from tbox.spool.seal import (
     KEY_BYTES,
     Random,
@@ -68,6 +70,13 @@ class Keyring:
             data_key = next((key for key in keys if key is not None), None)
             self._sealers[start] = Sealer(data_key) if data_key else None
         return self._sealers[start]
+
+    def unseal(self, run: Run) -> list[bytes] | None:
+        """Return the payloads of a run; None when it is not what was sealed, or its data key is lost."""
+        sealer, kind = self.sealer(run.id >> COUNTER_BITS), KIND_NAMES.get(run.kind)
+        if sealer is None or kind is None or run.sealed is None:
+            return None
+        return sealer.open(run.id, run.n, kind, run.level, run.sealed)
 
     def rewrap(self, row: StartRow, old_key: bytes, where: str) -> StartRow:
         """Return the row with its data key under this ring's device key. Raises SpoolKeyError."""

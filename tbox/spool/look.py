@@ -89,7 +89,7 @@ def _runs(flash: Flash, lane: Lane, after: int) -> Iterator[Run]:
 def described(run: Run, keys: Keyring | None) -> Iterator[dict[str, Any]]:
     """Yield the records of a run for people; payload None when it cannot be unsealed."""
     kind = KIND_NAMES.get(run.kind, str(run.kind))
-    payloads = _payloads(run, kind, keys)
+    payloads = keys.unseal(run) if keys is not None else None
     gone = unpacked(run.gone, run.id)
     for at in range(run.n):
         one = run.id + at
@@ -101,8 +101,3 @@ def described(run: Run, keys: Keyring | None) -> Iterator[dict[str, Any]]:
             "stored_at": run.at_s, "bytes": None if payload is None else len(payload),
             "payload": None if payload is None else base64.b64encode(payload).decode(),
         }  # fmt: skip
-
-
-def _payloads(run: Run, kind: str, keys: Keyring | None) -> list[bytes] | None:
-    sealer = keys.sealer(run.id >> 32) if keys is not None else None
-    return sealer.open(run.id, run.n, kind, run.level, run.sealed) if sealer and run.sealed else None

@@ -277,7 +277,8 @@ class Spool:
         """Return what is still held of a run. Raises Damaged when it is not what was sealed."""
         if run.sealed is None:
             return []
-        payloads = self._unseal(run)
+        assert self._keys is not None
+        payloads = self._keys.unseal(run)
         if payloads is None:
             raise Damaged(f"run {run.id} does not unseal")
         kind = KIND_NAMES[run.kind]
@@ -287,12 +288,6 @@ class Spool:
             records = [record for record in records if record.id not in gone]
         self._unsealed = run.id, records
         return records
-
-    def _unseal(self, run: Run) -> list[bytes] | None:
-        assert self._keys is not None and run.sealed is not None
-        sealer = self._keys.sealer(run.id >> COUNTER_BITS)
-        kind = KIND_NAMES.get(run.kind)
-        return sealer.open(run.id, run.n, kind, run.level, run.sealed) if sealer and kind else None
 
     # --- the tick -------------------------------------------------------------------------------------
 
@@ -501,7 +496,8 @@ class Spool:
             self._take_found(self._flash, found)
 
     def _is_whole(self, run: Run) -> bool:
-        return self._unseal(run) is not None
+        assert self._keys is not None
+        return self._keys.unseal(run) is not None
 
     def _take_found(self, flash: Flash, found: Found) -> None:
         self._salvaging_moved = True

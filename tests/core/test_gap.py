@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tbox.clock import BOOT_ID_FILE
 from tbox.durable import OsStorage, TwoCopies
-from tbox.gap import BOOT_ID_FILE, FrameGaps, LastFrame, last_frames, resumed
+from tbox.gap import FrameGaps, LastFrame, last_frames, resumed
 from tbox.model import NS_PER_S, Now, TimeQuality
 
 RTC, NTP, GNSS = TimeQuality.RTC, TimeQuality.NTP, TimeQuality.GNSS
