@@ -16,7 +16,7 @@ import numpy as np
 import structlog
 
 from tbox.bus.frames import concatenated
-from tbox.bus.spec import BusReader
+from tbox.bus.spec import BusReader, Pace
 from tbox.bus.writer import BusWriter
 from tbox.clock import Deadline
 from tbox.decode.stage import DecodeStage
@@ -43,14 +43,14 @@ T = TypeVar("T")
 
 HANDOVER_BATCHES_MAX = 256  # a full hand-over leaves the frames in the kernel, which counts what it drops
 RX_WAIT_S = 0.1
-HOLD_S = 0.08  # with the reader's own 10 ms well below the 100 ms at which the edge wants its steps
+HOLD_S = 0.08  # well below the 100 ms at which the edge wants its steps
 HOLD_FRAMES_MAX = 1024  # 10 ms of work on a slow machine
 HOLD_FRAMES_HURRIED = 256  # a frame that presses would have to wait for them
 RX_DRAIN_S = 1.0
 PIPELINE_WAKE_S = 0.1
 
 NO_SAMPLES = SampleBatch(
-    np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.float64), np.empty(0, np.uint8)
+    np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64), np.empty(0, np.uint8)
 )
 
 
@@ -123,10 +123,11 @@ class Flow:
 class BusThread:
     """Reads one bus into the pipeline's hand-over.
 
-    A step of the pipeline costs about the same for few frames as for some more, so frames wait for each other
-    up to HOLD_S or HOLD_FRAMES_MAX. presses: whether a batch may not wait. It goes by itself behind what was
-    held, for the edge looks closely at all that comes together with a value past a limit. hurried: whether
-    the reader should not gather for long either.
+    Waking costs more than reading, and a step of the pipeline about the same for few frames as for some more,
+    so frames wait for each other up to HOLD_S or HOLD_FRAMES_MAX: in the kernel while nothing presses, here
+    while it may. presses: whether a batch may not wait. It goes by itself behind what was held, for the edge
+    looks closely at all that comes together with a value past a limit. hurried: whether the next frame may be
+    one that presses.
     """
 
     def __init__(
@@ -169,13 +170,18 @@ class BusThread:
     def _read(self, wait_s: float) -> bool:
         if self._held:
             wait_s = min(wait_s, self._due.left_s(time.monotonic_ns()))
-        self.reader.hurried = self._hurried()
+        self.reader.pace = self._pace()
         batch = self.reader.recv_batch(wait_s)
         if batch is not None:
             self._take(batch)
         if self._due.passed(time.monotonic_ns()):
             self._hand_over()
         return batch is not None
+
+    def _pace(self) -> Pace:
+        if self._hurried():
+            return Pace.HURRIED
+        return Pace.USUAL if self._held else Pace.CALM
 
     def _take(self, batch: FrameBatch) -> None:
         first_ns = int(batch.t_ns[0]) if self.span_ns is None else self.span_ns[0]
@@ -184,9 +190,9 @@ class BusThread:
         if presses:
             self._hand_over()
         if not self._held:
-            self._due = Deadline.after(time.monotonic_ns(), HOLD_S)
+            self._due = Deadline.after(int(batch.t_ns[0]), HOLD_S)
         self._held.append(batch)
-        held_max = HOLD_FRAMES_HURRIED if self.reader.hurried else HOLD_FRAMES_MAX
+        held_max = HOLD_FRAMES_HURRIED if self.reader.pace is Pace.HURRIED else HOLD_FRAMES_MAX
         if presses or sum(map(len, self._held)) >= held_max:
             self._hand_over()
 

@@ -119,12 +119,12 @@ class Validity(IntEnum):
 class SampleBatch:
     """Decoded samples in order of reception: parallel arrays of length n.
 
-    t_ns int64 monotonic; column int32 index into the catalog (tuple[Signal, ...]); value float64 in the
+    t_ns int64 monotonic; column int64 index into the catalog (tuple[Signal, ...]); value float64 in the
     signal's unit; validity uint8 (`Validity`).
     """
 
     t_ns: npt.NDArray[np.int64]
-    column: npt.NDArray[np.int32]
+    column: npt.NDArray[np.int64]
     value: npt.NDArray[np.float64]
     validity: npt.NDArray[np.uint8]
 

@@ -35,7 +35,8 @@ SEND_WAIT_S = 1.0  # a member that reads nothing for this long loses frames unti
 JOIN_WAIT_S = 5.0  # for the lock that lets members join one at a time
 JOIN_POLL_S = 0.01
 BACKLOG_MEMBERS = 1024  # joiners that a member has not looked at yet
-PAIR_BUFFER_BYTES = 1024 * 1024  # asked for; the kernel may grant less (net.core.wmem_max)
+PAIR_BUFFER_BYTES = 4 * 1024 * 1024  # asked for; without privilege the kernel grants less (net.core.wmem_max)
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python does not name it
 MEMBER_SUFFIX = ".v1.sock"  # the version of the record below
 WRITE_ONLY_SUFFIX = "-w" + MEMBER_SUFFIX  # nobody sends to this one
 LOCK_NAME = "join.lock"
@@ -55,7 +56,7 @@ class _Peer:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PAIR_BUFFER_BYTES)
+        _widen(sock)
         self.sock = sock
         self.next_n = 0  # number of the next frame we offer
         self.lagging = False  # it made us wait the full time: no more waiting until it reads
@@ -70,6 +71,7 @@ class LocalBus(can.BusABC):
     Counters: dropped_out (frames a member did not take in time), dropped_in (frames that were numbered for
     us and did not come), malformed (records that were no frames), unreached (members that did not answer),
     unheard (frames sent while nobody else was on the bus: gone, as on a wire with nothing at its end).
+    buffer_bytes: what the kernel may hold of frames that a member has not read yet.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class LocalBus(can.BusABC):
         self._own: Path | None = None
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.setblocking(False)
+        self.buffer_bytes = _widen(self._listener)
         self._arrivals = select.poll()
         try:
             self._join()
@@ -344,6 +347,15 @@ class LocalBus(can.BusABC):
     def fileno(self) -> int:
         """Return a number to poll; frames that recv() has read ahead do not show on it."""
         return self._epoll.fileno()
+
+
+def _widen(sock: socket.socket) -> int:
+    """Raise a socket's send buffer; return what the kernel granted, to this one as to any other member's."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, PAIR_BUFFER_BYTES)
+    except PermissionError:  # then up to net.core.wmem_max
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PAIR_BUFFER_BYTES)
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
 
 
 def _write(peer: _Peer, record: bytes, deadline_s: float) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tbox.bus.recordings import LoggedFrame, Recording, recording_batches
-from tbox.bus.spec import BusCounters, BusError, BusSpec
+from tbox.bus.spec import BusCounters, BusError, BusSpec, Pace
 from tbox.model import BusState, CanSend, FrameBatch
 
 OPTIONS = {"log_channel", "dialect"}
@@ -27,7 +27,7 @@ class RecordingReader:
             )
         self.name = spec.name
         self.channel = channel
-        self.hurried = False
+        self.pace = Pace.USUAL
         self.recording = Recording(spec.channel, dialect=spec.options.get("dialect"))
         self._counters = BusCounters(state=BusState.UP)
         self._batches = recording_batches(self._counted(spec.options.get("log_channel")), None, channel)

@@ -17,7 +17,7 @@ from tbox.bus.backoff import Backoff
 from tbox.bus.frames import frames_of, message_of, pack_message
 from tbox.bus.intake import Intake
 from tbox.bus.local import LocalBus
-from tbox.bus.spec import BATCH_FRAMES_MAX, BusCounters, BusError, BusSpec
+from tbox.bus.spec import BATCH_FRAMES_MAX, BusCounters, BusError, BusSpec, Pace
 from tbox.model import NS_PER_S, BusState, CanSend, FrameBatch
 
 log = structlog.get_logger()
@@ -58,7 +58,7 @@ class PythonCanReader:
     ) -> None:
         self.name = spec.name
         self.channel = channel
-        self.hurried = False
+        self.pace = Pace.USUAL
         self._spec = spec
         self._mono_ns = mono_ns
         self._intake = Intake(channel)
@@ -96,7 +96,7 @@ class PythonCanReader:
         packed: list[bytes] = []
         stamps_s: list[float] = []
         message = bus.recv(timeout_s)
-        until_ns = self._mono_ns() + int(self._spec.gather_s(self.hurried) * NS_PER_S)
+        until_ns = self._mono_ns() + int(self._spec.gather_s(self.pace) * NS_PER_S)
         try:
             while message is not None:
                 self._counters.received += 1
@@ -116,7 +116,7 @@ class PythonCanReader:
         self, bus: LocalBus, timeout_s: float
     ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
         """Do the same without a Python object a frame; the bus's stamps are monotonic already."""
-        got = bus.recv_frames(timeout_s, self._spec.gather_s(self.hurried))
+        got = bus.recv_frames(timeout_s, self._spec.gather_s(self.pace, bus.buffer_bytes))
         counters = self._counters
         counters.kernel_dropped = self._before["dropped_in"] + bus.dropped_in
         malformed = self._before["malformed"] + bus.malformed

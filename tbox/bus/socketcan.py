@@ -25,7 +25,7 @@ import structlog
 from tbox.bus.backoff import Backoff
 from tbox.bus.frames import KEEP, pack_send
 from tbox.bus.intake import Intake
-from tbox.bus.spec import BATCH_FRAMES_MAX, BusCounters, BusError, BusSpec
+from tbox.bus.spec import BusCounters, BusError, BusSpec, Pace
 from tbox.model import (
     CAN_EFF_FLAG,
     CAN_EFF_MASK,
@@ -52,6 +52,7 @@ CAN_ERR_MASK = 0x1FFF_FFFF
 CAN_RAW_FILTER_MAX = 512
 CAN_MTU = 16
 CANFD_MTU = FRAME_BYTES
+RING_FRAMES = 2048  # what the highest rate of a CAN-FD bus brings while a calm reader gathers
 SO_RCVBUFFORCE = 33
 SO_RXQ_OVFL = 40
 SO_MEMINFO = 55
@@ -150,13 +151,13 @@ class SocketCanReader:
     ) -> None:
         self.name = spec.name
         self.channel = channel
-        self.hurried = False
+        self.pace = Pace.USUAL
         self._spec = spec
         self._ids = sorted(ids) if spec.filter and ids else []
         self._mono_ns = mono_ns
         self._intake = Intake(channel)
         self._counters = self._intake.counters
-        self._ring = _Ring(BATCH_FRAMES_MAX)
+        self._ring = _Ring(RING_FRAMES)
         self._backoff = Backoff()
         self._closed = threading.Event()
         self._sock: socket.socket | None = None
@@ -187,7 +188,7 @@ class SocketCanReader:
             if not self._poll.poll(timeout_s * 1000):
                 self._ask_overflow(self._sock)
                 return None
-            time.sleep(self._spec.gather_s(self.hurried))
+            time.sleep(self._spec.gather_s(self.pace, self._counters.rcvbuf_bytes or 0))
         return self._read(self._sock)
 
     def _read(self, sock: socket.socket) -> FrameBatch | None:

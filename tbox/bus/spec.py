@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Annotated, Any, Protocol
 
 import msgspec
@@ -10,13 +11,17 @@ import msgspec
 from tbox.errors import TboxError
 from tbox.model import BusState, CanSend, FrameBatch
 
-# After the first frame a reader gathers this long, so that a batch pays for the work done once per batch;
-# it is also the most that reading may add to the way from a critical frame to the isolation request.
+# After the first frame a reader gathers this long, so that a batch pays for the work done once per batch.
 GATHER_MS_MAX = 10
 GATHER_MS_HURRIED = 3  # while an isolation request may hang on the next frame
+GATHER_MS_CALM = 80  # while nothing presses: with what follows, within the 100 ms of a step of the edge
+# Gathering may fill a quarter of the kernel's buffer at the highest rate of a CAN-FD bus.
+LINE_RATE_HZ = 23_800  # 8-byte frames at 1M/8M (FACTS)
+KERNEL_FRAME_BYTES = 832  # what the kernel books for a frame it holds
+BUFFER_SHARE = 1 / 4
 # A batch never grows beyond this: 20 ms of a CAN-FD bus saturated with short frames (FACTS: 23,800/s).
 BATCH_FRAMES_MAX = 512
-# 200 ms at 23,000 frames/s are 4,600 frames; the kernel books 832 bytes or more for each of them, 4 MiB.
+# 200 ms at 23,000 frames/s are 4,600 frames, in the kernel's books 4 MiB.
 RCVBUF_BYTES = 8 * 1024 * 1024
 RCVBUF_BYTES_MIN = 64 * 1024
 RCVBUF_BYTES_MAX = 256 * 1024 * 1024
@@ -26,6 +31,14 @@ CHANNEL_CHARS_MAX = 1024
 
 class BusError(TboxError):
     """A bus that cannot be opened as asked, or a frame it would not take."""
+
+
+class Pace(Enum):
+    """How long a reader may gather: as short as can be, the usual `gather_ms`, or long, to wake seldom."""
+
+    HURRIED = "hurried"
+    USUAL = "usual"
+    CALM = "calm"
 
 
 class BusSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,9 +63,12 @@ class BusSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def name(self) -> str:
         return f"{self.interface}:{self.channel}"
 
-    def gather_s(self, hurried: bool) -> float:
-        """Return how long a reader gathers."""
-        return (min(self.gather_ms, GATHER_MS_HURRIED) if hurried else self.gather_ms) / 1000
+    def gather_s(self, pace: Pace, buffer_bytes: int = 0) -> float:
+        """Return how long a reader gathers. buffer_bytes: of the kernel's, which bounds a calm one."""
+        if pace is Pace.CALM:
+            borne_ms = 1000 * BUFFER_SHARE * buffer_bytes / KERNEL_FRAME_BYTES / LINE_RATE_HZ
+            return max(self.gather_ms, min(GATHER_MS_CALM, borne_ms)) / 1000
+        return (min(self.gather_ms, GATHER_MS_HURRIED) if pace is Pace.HURRIED else self.gather_ms) / 1000
 
 
 def parse_bus_url(text: str, *, fd: bool = True) -> BusSpec:
@@ -125,15 +141,15 @@ class BusCounters:
 class BusReader(Protocol):
     """One bus, read in batches. `recv_batch` and `close` belong to one thread; `send` may be another's.
 
-    hurried: set while time is short; the reader then gathers for GATHER_MS_HURRIED at most.
+    pace: set by its owner before each call; USUAL unless told otherwise.
     """
 
     name: str
     channel: int
-    hurried: bool
+    pace: Pace
 
     def recv_batch(self, timeout_s: float) -> FrameBatch | None:
-        """Wait for a frame, gather what follows within `gather_ms`, and return all of it in order.
+        """Wait for a frame, gather what follows as the pace allows, and return all of it in order.
 
         None on time-out and while the bus is down: it reopens by itself, and the world's faults are
         counted, never raised.

@@ -96,7 +96,7 @@ class SignalTable:
     is_raw: npt.NDArray[np.bool_] = field(
         default_factory=lambda: np.zeros(0, np.bool_)
     )  # int = raw, not value
-    column: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    column: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     start: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))  # first row of a plan
     count: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -239,7 +239,7 @@ class _Compiler:
         table.add = np.array([f.add for f in self.factors], np.float64)
         table.is_int = np.array([f.is_int for f in self.factors], np.bool_)
         table.is_raw = np.array([f.is_raw for f in self.factors], np.bool_)
-        table.column = np.array(self.row_columns, np.int32)
+        table.column = np.array(self.row_columns, np.int64)
         table.start = np.array([p.rows.start for p in plans], np.int64)
         table.fallback = np.array([bool(p.reason) for p in plans], np.bool_)
         table.count = np.array([0 if p.reason else len(p.rows) for p in plans], np.int64)

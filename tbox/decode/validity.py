@@ -77,7 +77,7 @@ class Judge:
         return bool(out.any()) and bool((out & (code == 0) & (self._limits.judge(decoded) == 0)).any())
 
     def judge(
-        self, batch: FrameBatch, decoded: Decoded, column: npt.NDArray[np.int32]
+        self, batch: FrameBatch, decoded: Decoded, column: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.float64], Codes]:
         """Return the values, enum codes put in their place, and their validity. column: of each sample."""
         code = self._limits.judge(decoded)
@@ -257,7 +257,7 @@ class _MuxCycles:
         self,
         batch: FrameBatch,
         decoded: Decoded,
-        column: npt.NDArray[np.int32],
+        column: npt.NDArray[np.int64],
         of_frame: Codes | None,
         code: Codes,
     ) -> None:
@@ -325,7 +325,7 @@ class _Spikes:
         self,
         batch: FrameBatch,
         decoded: Decoded,
-        column: npt.NDArray[np.int32],
+        column: npt.NDArray[np.int64],
         value: npt.NDArray[np.float64],
         code: Codes,
     ) -> None:
@@ -342,7 +342,7 @@ class _Spikes:
         batch: FrameBatch,
         decoded: Decoded,
         at: IntArray,
-        column: npt.NDArray[np.int32],
+        column: npt.NDArray[np.int64],
         v: npt.NDArray[np.float64],
         code: Codes,
     ) -> None:
@@ -362,7 +362,7 @@ class _Spikes:
     def _one_by_one(
         self,
         at: IntArray,
-        column: npt.NDArray[np.int32],
+        column: npt.NDArray[np.int64],
         value: npt.NDArray[np.float64],
         stale: npt.NDArray[np.bool_],
         code: Codes,

@@ -163,7 +163,7 @@ class Engine:
         drafts, self._orphans = self._orphans, []
         for run in self.pack.take(samples, now.mono_ns, quiet=lambda: self._quiet(samples)):
             drafts += self._judge_run(run)
-        if len(samples) and bool((self._is_bms[samples.column] & (samples.validity == 0)).any()):
+        if bool((self._is_bms.take(samples.column) & (samples.validity == 0)).any()):
             self._watches.heard(now.mono_ns)
         return drafts + self._judge_time(now.mono_ns)
 
@@ -180,7 +180,7 @@ class Engine:
         if any(judge.busy for judge in self._all):
             return False
         value, column = samples.value, samples.column
-        return not bool(((value >= self._upper[column]) | (value <= self._lower[column])).any())
+        return not bool(((value >= self._upper.take(column)) | (value <= self._lower.take(column))).any())
 
     def _judge_run(self, run: Run) -> list[Draft]:
         readings: dict[str, Reading] = {}

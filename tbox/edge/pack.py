@@ -19,7 +19,7 @@ from tbox.model import NS_PER_MS, ROLE_UNITS, Now, PackSnapshot, SampleBatch, Si
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Slots = npt.NDArray[np.int32]
+Slots = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 NEVER_NS = -(1 << 62)  # the time stamp of what was not heard yet: older than any limit
@@ -140,9 +140,13 @@ class Pack:
         believed = (samples.validity == 0) & np.isfinite(samples.value)
         self._count(samples, believed)
         times = np.minimum(samples.t_ns, now_ns)
-        slots = self.slot_of[samples.column]
-        if int(np.bincount(slots).max()) > LAPS_EXACT_MAX and quiet():
-            yield self._run(slots, samples.value, believed, times, 0, count)
+        slots = self.slot_of.take(samples.column)
+        heard = np.bincount(slots, minlength=len(self.value))
+        if int(heard.max()) > LAPS_EXACT_MAX and quiet():
+            self._heard |= heard > 0
+            yield self._keep(
+                _last_of(slots, believed, len(heard)), slots, samples.value, times, int(times[-1])
+            )
             return
         for begin, end in _laps(slots, len(self.value)):
             while begin < end:
@@ -172,14 +176,14 @@ class Pack:
         return cut
 
     def _run(self, slots: Slots, value: Floats, believed: Bools, times: Ints, begin: int, end: int) -> Run:
-        slot, good = slots[begin:end], believed[begin:end]
-        self._heard[slot] = True
-        t_ns = int(times[end - 1])
-        if good.all():
-            self.value[slot], self.t_ns[slot] = value[begin:end], times[begin:end]
-        else:
-            slot = slot[good]
-            self.value[slot], self.t_ns[slot] = value[begin:end][good], times[begin:end][good]
+        self._heard[slots[begin:end]] = True
+        good = begin + np.flatnonzero(believed[begin:end])
+        return self._keep(good, slots, value, times, int(times[end - 1]))
+
+    def _keep(self, at: Ints, slots: Slots, value: Floats, times: Ints, t_ns: int) -> Run:
+        """Take in the believed samples at these places, of each signal one."""
+        slot = slots[at]
+        self.value[slot], self.t_ns[slot] = value[at], times[at]
         places = slot[(slot >= self._scalars.start) & (slot < self._scalars.stop)] - self._scalars.start
         touched = [self.roles[place] for place in places.tolist()]
         return Run(t_ns, self._done(self.cells, t_ns), self._done(self.probes, t_ns), touched)
@@ -229,9 +233,18 @@ class Pack:
 def _slots(order: Sequence[int], size: int) -> Slots:
     """Return the slot of each catalog column: those in `order` first, the rest behind."""
     placed = set(order)
-    slot_of = np.empty(size, dtype=np.int32)
+    slot_of = np.empty(size, dtype=np.int64)
     slot_of[[*order, *(column for column in range(size) if column not in placed)]] = np.arange(size)
     return slot_of
+
+
+def _last_of(slots: Slots, believed: Bools, size: int) -> Ints:
+    """Return where each signal's last believed sample is: the others would only be overwritten."""
+    last = np.full(size, -1, dtype=np.int64)
+    at = np.flatnonzero(believed)
+    last[slots[at]] = at
+    found: Ints = last[last >= 0]
+    return found
 
 
 def _laps(slots: Slots, size: int) -> list[tuple[int, int]]:

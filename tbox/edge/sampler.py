@@ -222,7 +222,7 @@ class Sampler:
         self._account.drop(cause, refused)
         return ok
 
-    def _by_period(self, now: Now, t_ns: I64, column: npt.NDArray[np.int32], value: F64) -> list[Draft]:
+    def _by_period(self, now: Now, t_ns: I64, column: npt.NDArray[np.int64], value: F64) -> list[Draft]:
         """Fold period by period (mostly there is one); the record of a period leaves when the next begins."""
         record_ns = self._windows.record_ns
         assert self._open is not None
@@ -243,7 +243,7 @@ class Sampler:
             drafts += self._fold(t_ns[part], column[part], value[part])
         return drafts
 
-    def _fold(self, t_ns: I64, column: npt.NDArray[np.int32], value: F64) -> list[Draft]:
+    def _fold(self, t_ns: I64, column: npt.NDArray[np.int64], value: F64) -> list[Draft]:
         self._windows.fold(t_ns, column, value)
         state = np.flatnonzero(self._is_state.take(column))
         if not len(state):
@@ -255,7 +255,7 @@ class Sampler:
         self._account.folded += repeats
         return self._keep_states(t_ns[rows], column[rows], value[rows])
 
-    def _keep_states(self, t_ns: I64, column: npt.NDArray[np.int32], value: F64) -> list[Draft]:
+    def _keep_states(self, t_ns: I64, column: npt.NDArray[np.int64], value: F64) -> list[Draft]:
         drafts: list[Draft] = []
         while len(t_ns):
             taken = self._states.keep(t_ns, column, value)
@@ -432,7 +432,7 @@ class _Windows:
         self._fine_start_ns = start_ns
         self.other_start_ns = start_ns // self.other_record_ns * self.other_record_ns
 
-    def fold(self, t_ns: I64, column: npt.NDArray[np.int32], value: F64) -> None:
+    def fold(self, t_ns: I64, column: npt.NDArray[np.int64], value: F64) -> None:
         """Merge samples of the open record into their windows."""
         if not len(t_ns):
             return
@@ -443,7 +443,7 @@ class _Windows:
         np.maximum.at(self._high, cell, value)
         self._last[cell] = value
 
-    def _cells(self, t_ns: I64, column: npt.NDArray[np.int32]) -> I64:
+    def _cells(self, t_ns: I64, column: npt.NDArray[np.int64]) -> I64:
         """Return where each sample goes; mostly all lie in the same window of their group."""
         (_, fine_ns, _), (_, other_ns, _) = self._groups
         first, last = int(t_ns.min()), int(t_ns.max())
@@ -499,7 +499,7 @@ class _States:
     def full(self) -> bool:
         return self._n == STATE_ROWS_MAX
 
-    def changed(self, column: npt.NDArray[np.int32], value: F64) -> I64:
+    def changed(self, column: npt.NDArray[np.int64], value: F64) -> I64:
         """Return the positions whose value differs from the same state's sample before."""
         dense = self._dense[column]
         order = np.argsort(dense, kind="stable")
@@ -512,7 +512,7 @@ class _States:
         self._last[state] = ordered
         return np.sort(order[ordered != before])
 
-    def keep(self, t_ns: I64, column: npt.NDArray[np.int32], value: F64) -> int:
+    def keep(self, t_ns: I64, column: npt.NDArray[np.int64], value: F64) -> int:
         """Take as many rows as there is room for; return how many."""
         n = min(len(t_ns), STATE_ROWS_MAX - self._n)
         rows = slice(self._n, self._n + n)
@@ -548,7 +548,7 @@ class _Scales:
         """Return whether all values have a raw integer in any column: the usual case, at one comparison."""
         return bool(np.count_nonzero(np.abs(value) <= self._reach_of_all) == len(value))
 
-    def holds(self, column: npt.NDArray[np.int32], value: F64) -> Bools:
+    def holds(self, column: npt.NDArray[np.int64], value: F64) -> Bools:
         """Return which values have a raw integer; NaN has none."""
         held: Bools = np.abs(value - self.offset[column]) <= self._reach[column]
         return held

@@ -75,7 +75,7 @@ def batches(per_batch: int) -> list[SampleBatch]:
     levels = np.array([3700.0] * 192 + [250.0] * 48)
     out = []
     for i in range(SECONDS * 1000 // BATCH_MS):
-        column = ((i * per_batch + np.arange(per_batch)) % len(signals)).astype(np.int32)
+        column = (i * per_batch + np.arange(per_batch)) % len(signals)
         steps = np.round(levels[column] + rng.normal(0, NOISE_STEPS, per_batch))
         t_ns = np.full(per_batch, i * BATCH_MS * NS_PER_MS)
         out.append(SampleBatch(t_ns, column, steps * scales[column], np.zeros(per_batch, dtype=np.uint8)))

@@ -24,7 +24,7 @@ CATALOG = (
     *(Signal(f"Probe_{i}", "Temps", 0, "degC", "probe_temperature", i, i // 6) for i in range(PROBES)),
     *(Signal(role, "Pack", 0, ROLE_UNITS[role], role) for role in SINGLE),
 )
-COLUMNS = np.arange(len(CATALOG), dtype=np.int32)
+COLUMNS = np.arange(len(CATALOG), dtype=np.int64)
 COLUMN_OF = {signal.role: column for column, signal in enumerate(CATALOG) if column >= CELLS + PROBES}
 ALL_VALID = np.zeros(len(CATALOG), dtype=np.uint8)
 
@@ -111,7 +111,7 @@ def sentinels(t_ns: int) -> SampleBatch:
 
 def empty() -> SampleBatch:
     none = np.empty(0, dtype=np.int64)
-    return SampleBatch(none, none.astype(np.int32), none.astype(np.float64), none.astype(np.uint8))
+    return SampleBatch(none, none, none.astype(np.float64), none.astype(np.uint8))
 
 
 def drive(rng: np.random.Generator, n: int, period_s: float) -> Floats:

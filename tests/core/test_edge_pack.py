@@ -25,7 +25,7 @@ COLUMN = {signal.name: column for column, signal in enumerate(CATALOG)}
 def samples(*named: tuple[str, float] | tuple[str, float, Validity], t_ns: int = 0) -> SampleBatch:
     return SampleBatch(
         np.full(len(named), t_ns, dtype=np.int64),
-        np.array([COLUMN[one[0]] for one in named], dtype=np.int32),
+        np.array([COLUMN[one[0]] for one in named], dtype=np.int64),
         np.array([one[1] for one in named], dtype=np.float64),
         np.array([one[2] if len(one) > 2 else 0 for one in named], dtype=np.uint8),
     )
@@ -170,7 +170,7 @@ def as_batch(rows: list[tuple[int, float, int, int]]) -> SampleBatch:
     t_ns, column, value, validity = ([row[i] for row in rows] for i in (3, 0, 1, 2))
     return SampleBatch(
         np.array(t_ns, dtype=np.int64),
-        np.array(column, dtype=np.int32),
+        np.array(column, dtype=np.int64),
         np.array(value, dtype=np.float64),
         np.array(validity, dtype=np.uint8),
     )
@@ -202,7 +202,7 @@ def test_any_batches_leave_what_a_plain_loop_would_and_count_every_sample(
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60))
 def test_laps_hold_no_signal_twice_and_cannot_be_longer(columns: list[int]) -> None:
-    laps = _laps(np.array(columns, dtype=np.int32), 6)
+    laps = _laps(np.array(columns, dtype=np.int64), 6)
     assert [begin for begin, _ in laps] == [0, *(end for _, end in laps[:-1])] and laps[-1][1] == len(columns)
     for begin, end in laps:
         assert len(set(columns[begin:end])) == end - begin

@@ -40,7 +40,7 @@ Sample = tuple[int, int, float]  # ms, column, value
 def batch(samples: Sequence[Sample], validity: Sequence[int] | None = None) -> SampleBatch:
     return SampleBatch(
         np.array([t * NS_PER_MS for t, _, _ in samples], dtype=np.int64),
-        np.array([c for _, c, _ in samples], dtype=np.int32),
+        np.array([c for _, c, _ in samples], dtype=np.int64),
         np.array([v for _, _, v in samples], dtype=np.float64),
         np.array(validity if validity is not None else [0] * len(samples), dtype=np.uint8),
     )
@@ -325,7 +325,7 @@ def test_eight_thousand_signals_of_pure_noise_stay_below_the_record_limit() -> N
         for _ in range(8000)
     )
     sampler, context = new_sampler(catalog), Context(Mode.CITY, 1)
-    columns = np.arange(8000, dtype=np.int32)
+    columns = np.arange(8000, dtype=np.int64)
     drafts = []
     for t in range(0, 10_000, 500):
         values = rng.normal(0, 1e12, 8000)
@@ -355,7 +355,7 @@ def test_a_driving_second_of_a_192_cell_pack_is_a_few_kilobytes() -> None:
         for i in range(192)
     )
     sampler = new_sampler(catalog)
-    columns = np.arange(192, dtype=np.int32)
+    columns = np.arange(192, dtype=np.int64)
     valid = np.zeros(192, dtype=np.uint8)
     drafts = []
     for t in range(0, 10_000, 100):

@@ -246,7 +246,7 @@ def test_extremes_of_the_bms_stand_in_where_single_cells_are_not_on_the_bus() ->
         t_ns = n * PERIOD_NS
         value = np.array([4.28 if n > 20 else 4.0, 3.9, 40.0 if n < 40 else 57.0, 55.0])
         stamps = np.full(4, t_ns, dtype=np.int64)
-        one = SampleBatch(stamps, np.arange(4, dtype=np.int32), value, np.zeros(4, dtype=np.uint8))
+        one = SampleBatch(stamps, np.arange(4), value, np.zeros(4, dtype=np.uint8))
         drafts += stage.step(Now(t_ns), one).drafts
     texts = [d.body["text"] for d in drafts if d.kind == "alarm" and d.body["event"] == "raise"]
     assert any(text.startswith("highest cell is at 4.280 V") for text in texts)
@@ -256,7 +256,7 @@ def test_extremes_of_the_bms_stand_in_where_single_cells_are_not_on_the_bus() ->
 
 def test_a_catalog_without_any_role_is_no_trouble() -> None:
     stage = EdgeStage((Signal("X", "M", 0),), RULES["lfp"], EdgeSettings(), Ledger())
-    one = SampleBatch(np.zeros(1, np.int64), np.zeros(1, np.int32), np.ones(1), np.zeros(1, np.uint8))
+    one = SampleBatch(np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1), np.zeros(1, np.uint8))
     for n in range(100):
         assert [d for d in stage.step(Now(n * NS_PER_S), one).drafts if d.kind == "alarm"] == []
     assert len(stage.unwatched) == len(RULES["lfp"].rules)
@@ -293,7 +293,7 @@ def test_nothing_that_can_come_raises_and_every_sample_is_accounted_for(
         elif what == "refused":
             validity = rng.integers(0, 9, len(row)).astype(np.uint8)
         elif what == "part":
-            column = rng.integers(0, len(CATALOG), 90).astype(np.int32)
+            column = rng.integers(0, len(CATALOG), 90)
             row, validity = row[column], np.zeros(90, dtype=np.uint8)
         samples = SampleBatch(np.full(len(row), rig.t_ns + off_ns, np.int64), column, row, validity)
         for draft in rig.take(empty() if what == "empty" else samples):

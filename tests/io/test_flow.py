@@ -15,6 +15,7 @@ import pytest
 from tbox import flow
 from tbox.bus.local import LocalBus
 from tbox.bus.reader import open_reader, parse_bus_url
+from tbox.bus.spec import Pace
 from tbox.flow import HOLD_FRAMES_MAX, BusThread
 from tbox.health import Heart
 from tbox.model import FrameBatch
@@ -98,11 +99,14 @@ def test_only_so_many_frames_are_held(inbox: Inbox, send: Callable[..., None]) -
     assert len(inbox.get(timeout=DEADLINE_S)) >= HOLD_FRAMES_MAX
 
 
-def test_the_reader_gathers_less_while_time_is_short(
+def test_the_reader_gathers_long_while_nothing_presses_and_shortly_while_time_is_short(
     thread: BusThread, hurry: threading.Event, send: Callable[..., None]
 ) -> None:
+    paces = [thread.reader.pace]  # it waits for its first frame
     send(1)
-    assert not thread.reader.hurried
+    send(1)
+    paces.append(thread.reader.pace)  # something is held: the rest must come before it is due
     hurry.set()
     send(1, 1)
-    assert thread.reader.hurried
+    paces.append(thread.reader.pace)
+    assert paces == [Pace.CALM, Pace.USUAL, Pace.HURRIED]

@@ -154,6 +154,13 @@ def test_a_closed_bus_refuses_and_may_be_closed_again(join: Callable[..., LocalB
         bus.recv(0)
 
 
+@pytest.fixture
+def small_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs that are soon full."""
+    monkeypatch.setattr(local, "PAIR_BUFFER_BYTES", 64 * 1024)
+
+
+@pytest.mark.usefixtures("small_pairs")
 def test_a_member_that_stops_reading_costs_one_wait_and_the_rest_is_counted_on_both_sides(
     join: Callable[..., LocalBus],
 ) -> None:
@@ -177,6 +184,7 @@ def test_a_member_that_stops_reading_costs_one_wait_and_the_rest_is_counted_on_b
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_pairs")
 def test_a_slow_reader_makes_the_sender_wait_and_loses_nothing(
     join: Callable[..., LocalBus], tmp_path: Path
 ) -> None:
