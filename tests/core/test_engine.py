@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from tbox.edge.engine import LEAD_NS
+from tbox.edge.mode import Context
 from tbox.edge.rules import load_rules
-from tbox.model import Level
+from tbox.model import Draft, Level
 from tests.core.edge_fixture import (
     CELLS,
     COLUMN_OF,
@@ -193,8 +195,18 @@ def test_each_fault_is_told_within_its_rules_time(fault: str) -> None:
     assert raised[0].body["key"] == key
     assert raised[0].level == level, raised[0].body["text"]
     assert (raised[0].mono_ns - begin_ns) / 1e9 <= within_s
-    assert "limit" in raised[0].body["text"] or rule == "contactor-mismatch" or raised[0].body["text"]
-    assert raised[0].body["context"]["mode"] == "idle"
+    assert raised[0].body["context"] == Context().body()
+    says_what_where_and_how_much(raised[0])
+
+
+def says_what_where_and_how_much(draft: Draft) -> None:
+    """The text alone tells a person which cell or probe it is, how much, and how much it may be."""
+    body, text = draft.body, draft.body["text"]
+    assert body["key"] == "pack" or body["key"] in text
+    told = re.findall(rf"-?\d+(?:\.\d+)?(?= ?{re.escape(body['unit'])})", text)
+    for number in (body["value"], body["limit"]) if body["unit"] else (body["value"],):
+        assert any(abs(float(n) - number) <= 0.51 * 10.0 ** -len(n.partition(".")[2]) for n in told), text
+    assert len(text.split()) >= 5
 
 
 @pytest.mark.parametrize("fault", ["over-voltage", "runaway"])
