@@ -14,6 +14,8 @@ A rule file holds one table a rule; a later file (chemistry, then the vehicle's 
     only = "any"                    # any | charge | discharge | rest | load: when the rule looks at all
     otherwise = "hold"              # hold | clear: what becomes of an alarm while it does not look
     load_allowance = "0.3 mV/A"     # widens the limits with the current
+    knee = "3.45 V"                 # below this mean of the cells, load aside, it does not look: there their
+                                    # voltages part as their capacities do, healthy or not
     repeat = "60 s"                 # not raised again sooner, unless more severe
     update = "60 s"                 # a worse value is told at most so often
     latch = false                   # stays until reset, though the cause is gone
@@ -28,6 +30,7 @@ A rule file holds one table a rule; a later file (chemistry, then the vehicle's 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import string
 import sys
@@ -48,6 +51,8 @@ LEVELS = {level.name.lower(): level for level in Level}
 CONDITIONS = ("any", "charge", "discharge", "rest", "load")
 OTHERWISE = ("hold", "clear")
 TEXT_FIELDS = ("item", "value", "limit", "level", "since_s", "detail")
+
+KNEE_WATCHES = ("cell_spread", "cell_deviation", "cell_drift")  # cells held against each other
 
 BANDS_MAX = 4
 RULES_MAX = 256
@@ -123,6 +128,7 @@ class Rule:
     only: str = "any"
     otherwise: str = "hold"
     load_allowance_v_per_a: float = 0.0
+    knee_v: float = -math.inf
     repeat_ns: int = 60 * NS_PER_S
     update_ns: int = 60 * NS_PER_S
     latch: bool = False
@@ -308,8 +314,8 @@ class _Places:
 # --- checking -----------------------------------------------------------------------------------------
 
 _KEYS = (
-    "watch", "when", "bands", "for", "clear_for", "only", "otherwise", "load_allowance", "repeat", "update",
-    "latch", "isolate", "escalate", "text", "source", "enabled", "params",
+    "watch", "when", "bands", "for", "clear_for", "only", "otherwise", "load_allowance", "knee", "repeat",
+    "update", "latch", "isolate", "escalate", "text", "source", "enabled", "params",
 )  # fmt: skip
 _BAND_KEYS = ("level", "limit", "clear", "for", "clear_for")
 
@@ -331,6 +337,7 @@ class _Reader:
             only=self._choice("only", CONDITIONS, "any"),
             otherwise=self._choice("otherwise", OTHERWISE, "hold"),
             load_allowance_v_per_a=self._load_allowance(watch),
+            knee_v=self._knee(watch),
             repeat_ns=self._duration(self._table, "repeat", "60 s"),
             update_ns=self._duration(self._table, "update", "60 s"),
             latch=self._flag("latch"), isolate=self._flag("isolate"),
@@ -470,6 +477,15 @@ class _Reader:
                 "load_allowance", f"{watch} does not depend on the current", "leave load_allowance out"
             )
         return self._quantity(self._table, "load_allowance", "V/A", "load_allowance").value
+
+    def _knee(self, watch: str) -> float:
+        if "knee" not in self._table:
+            return -math.inf
+        if watch not in KNEE_WATCHES:
+            raise self._places.error(
+                "knee", f"{watch} knows no knee", f"leave knee out; it is for {_some(KNEE_WATCHES)}"
+            )
+        return self._quantity(self._table, "knee", "V", "knee").value
 
     def _params(self, watch: str) -> Mapping[str, float] | None:
         wanted = WATCHES[watch].params

@@ -209,6 +209,33 @@ def says_what_where_and_how_much(draft: Draft) -> None:
     assert len(text.split()) >= 5
 
 
+@pytest.mark.parametrize(("mean_v", "told"), [(3.80, True), (3.40, False)])
+@pytest.mark.parametrize(
+    ("rule", "fault"),
+    [("imbalance", -0.2), ("imbalance-rest", -0.14), ("imbalance-sigma", 0.07), ("cell-drift", -0.05)],
+)
+def test_cells_are_held_against_each_other_above_the_knee_only(
+    rule: str, fault: float, mean_v: float, told: bool
+) -> None:
+    """Below it they part as their capacities do, and nothing is wrong."""
+    bench, pack = Bench(), NoisyPack(np.random.default_rng(7), soc=0.6)
+    rows = pack.rows(np.full(1600, 0.0), 0.1)
+    rows[:, :CELLS] += mean_v - rows[:, :CELLS].mean()
+    rows[400:, 9] += fault
+    bench.run(rows, 0.1)
+    assert bool(bench.told(rule)) == told
+
+
+def test_a_load_does_not_pass_for_an_empty_pack() -> None:
+    """At 300 A a half-full cell sags to what an empty one shows at rest."""
+    bench, pack = Bench(), NoisyPack(np.random.default_rng(7), soc=0.6)
+    rows = pack.rows(np.full(600, -300.0), 0.1)
+    rows[:, :CELLS] += 3.40 - rows[:, :CELLS].mean()
+    rows[400:, 9] -= 0.3
+    bench.run(rows, 0.1)
+    assert bench.told("imbalance")
+
+
 @pytest.mark.parametrize("fault", ["over-voltage", "runaway"])
 def test_time_is_known_to_be_short_before_a_shipped_rule_asks_for_isolation(fault: str) -> None:
     """Until then frames wait for each other, and the reader gathers longer."""

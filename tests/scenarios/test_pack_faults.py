@@ -105,6 +105,15 @@ def test_each_fault_of_the_vehicle_is_told_within_its_rules_time(frames: str, na
     assert raised and raised[0] <= expected.within_s, sorted({(b["alarm"], b["t_s"]) for b in told})[:8]
 
 
+@pytest.mark.parametrize("chemistry", ["NMC", "LFP"])
+def test_a_healthy_pack_that_is_nearly_empty_tells_of_its_charge_alone(chemistry: str) -> None:
+    """Its cells stand 140 to 190 mV apart there, as their capacities make them."""
+    wanted = {"chemistry": chemistry, "cycle": "ready", "soc_percent": 5.5, "pack_c": 15.0, "ambient_c": 10.0}
+    told = alarms(300, msgspec.convert(wanted, SimSettings), seed=3)
+    assert {body["alarm"] for body in told} == {"soc-low"}
+    assert len(told) == 1, "it falls by a point an hour"
+
+
 def test_an_open_probe_is_no_cold_spot_of_the_pack() -> None:
     told = alarms(AT_S + 40, SimSettings(frames="mux"), [at_s("sensor-open:probe=11")])
     rules = {body["alarm"] for body in told}
