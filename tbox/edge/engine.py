@@ -105,6 +105,9 @@ class Engine:
                 judge.adopt(before.pop(rule.name))
             self._judges.setdefault(rule.watch, []).append(judge)
         self._all = [judge for judges in self._judges.values() for judge in judges]
+        by_name = {judge.rule.name: judge for judge in self._all}
+        for judge in self._all:
+            judge.others = [by_name[name] for name in judge.rule.unless if name in by_name]
         self._orphans += [
             draft
             for judge in before.values()

@@ -209,6 +209,19 @@ def says_what_where_and_how_much(draft: Draft) -> None:
     assert len(text.split()) >= 5
 
 
+def test_a_probe_that_stands_still_while_the_pack_warms_is_told_of_once() -> None:
+    """It shows to two rules: by its missing noise, and by the degrees it does not follow."""
+    bench, pack = Bench(), NoisyPack(np.random.default_rng(7), soc=0.6)
+    warm_up(bench, pack)
+    rows = pack.rows(np.full(1200, -40.0), 0.1)
+    rows[:, CELLS : CELLS + 48] += np.linspace(0.0, 9.0, len(rows))[:, None].round(1)
+    rows[:, CELLS + 8] = 22.3
+    bench.run(rows, 0.1)
+    assert [(d.body["alarm"], d.body["key"]) for d in bench.drafts if d.body["event"] == "raise"] == [
+        ("probe-stuck", "probe 8")
+    ]
+
+
 @pytest.mark.parametrize(("mean_v", "told"), [(3.80, True), (3.40, False)])
 @pytest.mark.parametrize(
     ("rule", "fault"),

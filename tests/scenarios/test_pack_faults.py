@@ -233,6 +233,13 @@ def test_a_healthy_pack_that_is_nearly_empty_tells_of_its_charge_alone(chemistry
     assert len(told) == 1, "it falls by a point an hour"
 
 
+@pytest.mark.parametrize(("frames", "rule"), [("plain", "probe-stuck"), ("mux", "probe-not-following")])
+def test_a_stuck_probe_is_one_alarm_however_far_the_pack_warms_meanwhile(frames: str, rule: str) -> None:
+    settings = msgspec.convert({"frames": frames, "cycle": "charge-dc", "soc_percent": 30.0}, SimSettings)
+    told = alarms(AT_S + 500, settings, [at_s("sensor-stuck:probe=11")])
+    assert [(body["alarm"], body["key"]) for body in told if body["event"] == "raise"] == [(rule, "probe 11")]
+
+
 def test_an_open_probe_is_no_cold_spot_of_the_pack() -> None:
     told = alarms(AT_S + 40, SimSettings(frames="mux"), [at_s("sensor-open:probe=11")])
     rules = {body["alarm"] for body in told}
