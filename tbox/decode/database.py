@@ -19,6 +19,7 @@ from tbox.errors import TboxError
 from tbox.model import CAN_EFF_FLAG
 
 DBC_BYTES_MAX = 64 << 20
+LOST_NAMED_MAX = 5  # signals that a line of `lint` names
 # cantools' name for signals that belong to no message; it drops them itself.
 INDEPENDENT = "VECTOR__INDEPENDENT_SIG_MSG"
 
@@ -279,9 +280,12 @@ def _lint_message(message: Any) -> Iterator[str]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         yield f"{message.name} has two signals {twice[0]}"
     selectors = {signal.name for signal in message.signals if signal.is_multiplexer}
+    if lost := [
+        s.name for s in message.signals if s.multiplexer_ids and s.multiplexer_signal not in selectors
+    ]:
+        named = ", ".join(lost[:LOST_NAMED_MAX]) + (", …" if len(lost) > LOST_NAMED_MAX else "")
+        yield f"{message.name}: {len(lost)} signals are multiplexed, and no signal selects them: {named}"
     for signal in message.signals:
-        if signal.multiplexer_ids and signal.multiplexer_signal not in selectors:
-            yield f"{message.name}.{signal.name} is multiplexed, and no signal selects it"
         if signal.minimum is not None and signal.maximum is not None and signal.minimum > signal.maximum:
             yield f"{message.name}.{signal.name} has the empty range [{signal.minimum}|{signal.maximum}]"
         if signal.conversion.scale == 0:
