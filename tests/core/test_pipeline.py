@@ -24,6 +24,7 @@ from tbox.decode.roles import RoleMap
 from tbox.decode.stage import DecodeStage
 from tbox.edge.blackbox import BlackBox, BlackBoxSettings, unpack_part
 from tbox.edge.isolation import IsolationSettings
+from tbox.edge.mode import Context
 from tbox.edge.pack import Pack
 from tbox.edge.rules import load_rules
 from tbox.edge.sampler import Sampler
@@ -56,6 +57,7 @@ CHANNELS = 3  # 2: a DBC that hypothesis wrote
 NOBODYS_CHANNEL = 7
 RULES = load_rules("nmc")
 CONSENT = PrivacySettings(telemetry=True, captures=True, journeys=True, position=True)
+CONTEXT = Context().body().keys()
 FAR_NS = 10 * 24 * 3600 * NS_PER_S
 
 
@@ -100,6 +102,7 @@ class Way:
         self.drafts += len(drafts)
         for record in self.scribe.records(drafts, now):
             body = decode_payload(record.payload)["body"]
+            assert (body if record.kind == "telemetry" else body["context"]).keys() >= CONTEXT
             if record.kind == "capture" and body["event"] == "frames":
                 self.sealed += len(unpack_part(body))
         self.check()
