@@ -30,7 +30,7 @@ class DecodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     strict: a DBC that does not load stops the start; else it is reported and the others go on, if one loads.
     mapping: mapping files, tried before the shipped one (tbox/decode/roles.py describes them).
     unmapped: sample signals without a role too. counter_gap_ms: after such a silence a counter may stand
-    anywhere. stale_cycles: a value is stale after so many of its message's cycles.
+    anywhere.
     """
 
     strict: bool = False
@@ -40,9 +40,6 @@ class DecodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     glitch: bool = True
     mux_cycle: bool = True
     counter_gap_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 2_000
-    stale_cycles: Annotated[int, msgspec.Meta(ge=2, le=1_000)] = 10
-    stale_ms_min: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 1_000
-    stale_ms_max: Annotated[int, msgspec.Meta(ge=100, le=3_600_000)] = 30_000
 
 
 class DbcError(TboxError):
