@@ -378,6 +378,13 @@ class Agent:
         def tail(_message: Message) -> Stream:
             return self.feed.subscribe(self._control.stopped)
 
+        def reset_alarms(message: Message) -> Message:
+            rule = message.get("rule")
+            ended = self.pipeline.reset_alarms(str(rule) if rule else None)
+            if not ended:
+                raise Refused(f"no alarm of {rule} stands" if rule else "no alarm stands")
+            return {"ended": ended}
+
         def ota(message: Message) -> Message:
             if self.updates is None:
                 raise Refused("no updates here", mend="start the agent by `tbox boot`, from a slot")
@@ -390,6 +397,7 @@ class Agent:
         return {
             "status": status,
             "tail": tail,
+            "reset-alarms": reset_alarms,
             "spool-stat": lambda _m: self.runner.call(Spool.stat),
             "spool-tail": spool_tail,
             "spool-verify": lambda _m: self.runner.call(lambda s: s.look(look.glance)),

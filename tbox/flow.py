@@ -232,6 +232,19 @@ class PipelineThread:
         self.inbox.put(ask)
         return ask.wait()
 
+    def reset_alarms(self, rule: str | None) -> int:
+        """End the alarms of a rule (None: of all), latched ones too; return how many that were."""
+
+        def work(flow: Flow) -> int:
+            now = self._now()
+            output = flow.edge.reset_alarms(now, rule)
+            for frame in output.sends:
+                self._send(frame)
+            self._keep(output.drafts, now)
+            return sum(draft.kind == "alarm" for draft in output.drafts)
+
+        return self.ask(work)
+
     def stop(self) -> None:
         """Work off what was handed over, close what is open, end. Called when no bus thread is left."""
         self._stopping.set()

@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 
-import structlog
+from tbox.imports import import_without
+
+# It would load rich for tracebacks in colour, which a log has no use for: 50 modules, 4 MB.
+import_without("structlog", "rich")
+import structlog  # noqa: E402
 
 # A value under one of these keys never reaches a log, whoever passes it.
 SECRET_KEYS = frozenset({"password", "secret", "key", "vin", "token", "private_key"})

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("tbox.cli.run:run", "Run the daemon."),
     "status": ("tbox.cli.run:status", "Show a running daemon's state."),
     "tail": ("tbox.cli.run:tail", "Follow a running daemon's records."),
+    "reset-alarms": ("tbox.cli.run:reset_alarms", "End a running daemon's alarms, latched ones too."),
     "sim": ("tbox.cli.sim:sim", "Put the simulated vehicle on a bus."),
     "replay": ("tbox.cli.replay:replay", "Play a recording on a bus."),
     "decode": ("tbox.cli.decode:decode", "Decode a recording to JSON lines."),

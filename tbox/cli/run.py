@@ -1,4 +1,4 @@
-"""`tbox run`, `tbox status`, `tbox tail`: start the daemon, ask it, follow it. Decides nothing."""
+"""`tbox run`, `status`, `tail`, `reset-alarms`: start the daemon, ask it, follow it. Decides nothing."""
 
 from __future__ import annotations
 
@@ -140,3 +140,16 @@ def tail(config_path: str, socket: str, kind: str | None) -> None:
     for record in stream(find_socket(socket, config_path), {"cmd": "tail"}):
         if record and (kind is None or record.get("kind") == kind):
             click.echo(json.dumps(record))
+
+
+@click.command("reset-alarms")
+@config_option
+@socket_option
+@click.argument("rule", required=False)
+def reset_alarms(config_path: str, socket: str, rule: str | None) -> None:
+    """End the standing alarms of a running daemon, of RULE or of all; latched ones end in no other way.
+
+    What still holds is raised again. Exit 1 if none stands.
+    """
+    message = {"cmd": "reset-alarms", "rule": rule}
+    click.echo(json.dumps(request(find_socket(socket, config_path), message)))

@@ -19,6 +19,7 @@ from tbox.errors import TboxError
 from tbox.model import CAN_EFF_FLAG
 
 DBC_BYTES_MAX = 64 << 20
+LOST_NAMED_MAX = 5  # signals that a line of `lint` names
 # cantools' name for signals that belong to no message; it drops them itself.
 INDEPENDENT = "VECTOR__INDEPENDENT_SIG_MSG"
 
@@ -29,7 +30,7 @@ class DecodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     strict: a DBC that does not load stops the start; else it is reported and the others go on, if one loads.
     mapping: mapping files, tried before the shipped one (tbox/decode/roles.py describes them).
     unmapped: sample signals without a role too. counter_gap_ms: after such a silence a counter may stand
-    anywhere. stale_cycles: a value is stale after so many of its message's cycles.
+    anywhere.
     """
 
     strict: bool = False
@@ -39,9 +40,6 @@ class DecodeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     glitch: bool = True
     mux_cycle: bool = True
     counter_gap_ms: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 2_000
-    stale_cycles: Annotated[int, msgspec.Meta(ge=2, le=1_000)] = 10
-    stale_ms_min: Annotated[int, msgspec.Meta(ge=10, le=600_000)] = 1_000
-    stale_ms_max: Annotated[int, msgspec.Meta(ge=100, le=3_600_000)] = 30_000
 
 
 class DbcError(TboxError):
@@ -279,9 +277,12 @@ def _lint_message(message: Any) -> Iterator[str]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         yield f"{message.name} has two signals {twice[0]}"
     selectors = {signal.name for signal in message.signals if signal.is_multiplexer}
+    if lost := [
+        s.name for s in message.signals if s.multiplexer_ids and s.multiplexer_signal not in selectors
+    ]:
+        named = ", ".join(lost[:LOST_NAMED_MAX]) + (", …" if len(lost) > LOST_NAMED_MAX else "")
+        yield f"{message.name}: {len(lost)} signals are multiplexed, and no signal selects them: {named}"
     for signal in message.signals:
-        if signal.multiplexer_ids and signal.multiplexer_signal not in selectors:
-            yield f"{message.name}.{signal.name} is multiplexed, and no signal selects it"
         if signal.minimum is not None and signal.maximum is not None and signal.minimum > signal.maximum:
             yield f"{message.name}.{signal.name} has the empty range [{signal.minimum}|{signal.maximum}]"
         if signal.conversion.scale == 0:

@@ -17,7 +17,7 @@ from tbox.decode.guard import NEVER_NS, FrameGuard
 from tbox.decode.roles import Binding, MappingError, RoleMap
 from tbox.decode.sentinels import Limits, limits_of
 from tbox.decode.table import KIND_INT, IntArray, SignalTable
-from tbox.model import NS_PER_MS, FrameBatch, SampleBatch, Signal, Validity
+from tbox.model import NS_PER_MS, FrameBatch, Signal, Validity
 
 Codes = npt.NDArray[np.uint8]
 
@@ -381,35 +381,3 @@ class _Spikes:
                 if code[place] == 0:
                     code[place] = Validity.GLITCH
             heard.add(one)
-
-
-# --- staleness ----------------------------------------------------------------------------------------
-
-
-class Freshness:
-    """How old each column's last valid sample is, and whether it still counts. A core beside the stage."""
-
-    def __init__(self, catalog: Sequence[Signal], settings: DecodeSettings) -> None:
-        self.limit_ns = stale_after_ns(catalog, settings)
-        self._last_ns = np.full(len(catalog), NEVER_NS, np.int64)
-
-    def see(self, samples: SampleBatch) -> None:
-        valid = samples.validity == Validity.VALID
-        np.maximum.at(self._last_ns, samples.column[valid], samples.t_ns[valid])
-
-    def fresh(self, mono_ns: int) -> npt.NDArray[np.bool_]:
-        """Return for every column whether it has a valid sample that is not stale."""
-        fresh: npt.NDArray[np.bool_] = self._last_ns >= np.maximum(mono_ns - self.limit_ns, NEVER_NS + 1)
-        return fresh
-
-
-def stale_after_ns(catalog: Sequence[Signal], settings: DecodeSettings) -> IntArray:
-    """Return the age at which each column is stale: so many cycles of its message, within bounds."""
-
-    def limit_ms(signal: Signal) -> int:
-        if not signal.cycle_ms:
-            return settings.stale_ms_max
-        cycles_ms = signal.cycle_ms * settings.stale_cycles
-        return min(max(cycles_ms, settings.stale_ms_min), settings.stale_ms_max)
-
-    return np.array([limit_ms(signal) * NS_PER_MS for signal in catalog], np.int64)

@@ -35,6 +35,8 @@ ROOM_BYTES = 4 * CHUNK_BYTES  # a ring with less is sealed from at once, before 
 LATE_NS = 200 * NS_PER_MS  # a window waits so long for its last frames to come from the reader
 SEAL_EVERY_NS = NS_PER_S  # while a capture is open no frame waits longer than this to be sealed
 HEAD_BYTES = 8  # id, len, flags and padding in front of a frame's data
+LEN_AT = 4  # where in them
+DATA_BYTES_MAX = FRAME_BYTES - HEAD_BYTES
 TRIGGERS_TOLD_MAX = 16
 ALL = sys.maxsize  # chunks: when a capture must end here and now
 ZSTD_LEVEL = 1
@@ -130,7 +132,7 @@ class BlackBox:
     A capture ends `after_s` after its last trigger, or when every alarm that asked for it has cleared. Sealed
     frames leave the ring, so a capture soon after another begins where that one ended and says so ("short").
     account: ledger.stage("blackbox", "frames"), opened by the caller; a frame that grew too old unasked for
-    is dropped as "aged", one that made room for newer ones as "limit".
+    is dropped as "aged", one that made room for newer ones as "limit", one unasked for at the end as "stop".
     """
 
     def __init__(self, account: StageLedger, settings: BlackBoxSettings | None = None) -> None:
@@ -164,10 +166,14 @@ class BlackBox:
         self._account.into += len(batch)
         self._account.held += len(batch)
         rows = np.ascontiguousarray(batch.frames).view(np.uint8).reshape(len(batch), FRAME_BYTES)
-        width = max(8, -(-int(rows[:, 4].max()) // 8) * 8)
+        longest = int(rows[:, LEN_AT].max())
+        if longest > DATA_BYTES_MAX:  # no frame is; as it stands its whole part could not be read back
+            rows = rows.copy()
+            longest = int(np.minimum(rows[:, LEN_AT], DATA_BYTES_MAX, out=rows[:, LEN_AT]).max())
+        width = max(8, -(-longest // 8) * 8)
         done = 0
         while done < len(batch):
-            chunk = self._writable(batch.channel, min(width, FRAME_BYTES - HEAD_BYTES))
+            chunk = self._writable(batch.channel, width)
             done += chunk.add(rows[done:], batch.t_ns[done:])
             if chunk.full:
                 self._close(batch.channel)
@@ -289,13 +295,18 @@ class BlackBox:
     # --- out -------------------------------------------------------------------------------------------
 
     def flush(self, now: Now) -> list[Draft]:
-        """Seal what is open, at stop."""
+        """Seal what is open, at stop; the rest of the ring ends with the process and is counted."""
+        drafts: list[Draft] = []
         capture = self._capture
-        if capture is None:
-            return []
-        if now.mono_ns < capture.until_ns:
-            capture.until_ns, capture.cut = now.mono_ns, "stop"
-        return self._seal(now, ALL)
+        if capture is not None:
+            if now.mono_ns < capture.until_ns:
+                capture.until_ns, capture.cut = now.mono_ns, "stop"
+            drafts = self._seal(now, ALL)
+        for channel in list(self._open):
+            self._close(channel)
+        while self._closed:
+            self._drop_oldest("stop")
+        return drafts
 
     def _seal(self, now: Now, chunks_max: int) -> list[Draft]:
         """Give out up to `chunks_max` chunks of the open capture, and its end once it is over."""

@@ -77,6 +77,8 @@ class Engine:
         self._imbalance = Imbalance(self._cell_names)
         self._thermal = Thermal(self._probe_names)
         self._load = Load(load)
+        self._cell_ohm = (load or LoadSettings()).cell_mohm / 1000.0
+        self._ocv_v = NAN  # what the cells' mean would be without the load, about
         self._watches = Watches(self.pack, series_cells)
         self._roles = frozenset(signal.role for signal in catalog if signal.role)
         self._is_bms = np.array([signal.role in BMS_ROLES for signal in catalog], dtype=np.bool_)
@@ -103,6 +105,9 @@ class Engine:
                 judge.adopt(before.pop(rule.name))
             self._judges.setdefault(rule.watch, []).append(judge)
         self._all = [judge for judges in self._judges.values() for judge in judges]
+        by_name = {judge.rule.name: judge for judge in self._all}
+        for judge in self._all:
+            judge.others = [by_name[name] for name in judge.rule.unless if name in by_name]
         self._orphans += [
             draft
             for judge in before.values()
@@ -110,6 +115,9 @@ class Engine:
         ]
         self._escalating = [judge for judge in self._all if judge.rule.escalate]
         params = next((rule.params for rule in rules.rules if rule.watch == "thermal_runaway"), None)
+        self._imbalance.knee_v = max(
+            (rule.knee_v for rule in rules.rules if rule.watch == "cell_drift"), default=-np.inf
+        )
         self._runaway = Runaway(params, self._cell_names, self._probe_names) if params else None
         self._isolators = [judge for judge in self._all if judge.rule.isolate]
         self._runaway_isolates = any(judge.rule.watch == "thermal_runaway" for judge in self._isolators)
@@ -205,7 +213,7 @@ class Engine:
         for watch, reading in readings.items():
             for judge in self._judges.get(watch, ()):
                 rule = judge.rule
-                if conditions[rule.only]:
+                if conditions[rule.only] and not self._ocv_v < rule.knee_v:
                     drafts += judge.judge(
                         t_ns, reading, rule.load_allowance_v_per_a * self._load.current_a, self._body
                     )
@@ -232,11 +240,16 @@ class Engine:
     # --- readings ------------------------------------------------------------------------------------------
 
     def _cell_readings(self, t_ns: int) -> dict[str, Reading]:
-        readings = self._imbalance.step(t_ns, *self.pack.known(self.pack.cells, t_ns))
+        readings = self._imbalance.step(t_ns, *self.pack.known(self.pack.cells, t_ns), self._sag_v())
+        self._ocv_v = self._imbalance.ocv_v
         cells = readings["cell_voltage"]
         if self._runaway and isinstance(cells, Items):
             self._runaway.see_cells(t_ns, cells.values)
         return readings | self._lost("cell_lost", self.pack.cells, t_ns)
+
+    def _sag_v(self) -> float:
+        """Return what the load takes from a cell's voltage; below 0 while charging."""
+        return -self._scalars.get("pack_current", 0.0) * self._cell_ohm
 
     def _probe_readings(self, t_ns: int) -> dict[str, Reading]:
         readings = self._thermal.step(t_ns, *self.pack.known(self.pack.probes, t_ns))
@@ -265,6 +278,8 @@ class Engine:
                 np.array([high, low]), 0 if high == high else NO_ITEM, 1 if low == low else NO_ITEM, high, low
             )
             if high == high and low == low:
+                if watch == "cell_voltage":
+                    self._ocv_v = (high + low) / 2.0 + self._sag_v()
                 readings[spread] = Scalar(high - low, detail=_from_to(low, high))
         return readings
 

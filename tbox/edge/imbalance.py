@@ -39,7 +39,11 @@ SERIES_MIN = 4  # fewer cells are no series to stand against
 
 
 class Imbalance:
-    """Follows one series of cells, scan by scan. names: what each cell is called."""
+    """Follows one series of cells, scan by scan. names: what each cell is called.
+
+    knee_v: below it nothing is learnt or counted of drift, for there healthy cells part too. ocv_v: the mean
+    of the last scan, the load's sag added.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
@@ -54,14 +58,21 @@ class Imbalance:
         worst = max(min(2, len(names) // 4), int(len(names) * DRIFT_WORST_SHARE))
         self._usual = max(1, len(names) - worst)  # so many departures make the sigma of drift
         self.spread_v: float | None = None
+        self.knee_v = -np.inf
+        self.ocv_v = np.nan
 
-    def step(self, t_ns: int, cell_v: Floats, known: npt.NDArray[np.bool_]) -> dict[str, Reading]:
-        """Take a complete scan (V, and which are known); return a reading of each watch of cells."""
+    def step(
+        self, t_ns: int, cell_v: Floats, known: npt.NDArray[np.bool_], sag_v: float = 0.0
+    ) -> dict[str, Reading]:
+        """Take a complete scan (V, and which are known); return a reading of each watch of cells.
+
+        sag_v: what the load takes from each cell's voltage.
+        """
         everything = bool(known.all())
         volts = cell_v if everything else np.where(known, cell_v, np.nan)
         cells = items(volts, both=True)
         if cells.high < 0:
-            self.spread_v = None
+            self.spread_v, self.ocv_v = None, np.nan
             return {"cell_voltage": cells, "cell_spread": NOTHING}
         self.spread_v = cells.highest - cells.lowest
         readings: dict[str, Reading] = {
@@ -72,6 +83,7 @@ class Imbalance:
             readings["cell_still"] = self._standing(volts)
         if (len(volts) if everything else int(known.sum())) >= SERIES_MIN:
             mean_v = float(np.add.reduce(volts)) / len(volts) if everything else float(cell_v[known].mean())
+            self.ocv_v = mean_v + sag_v
             readings |= self._against_series(t_ns, volts - mean_v, mean_v, everything)
         return readings
 
@@ -135,6 +147,8 @@ class Imbalance:
 
     def _drift(self, deviation_v: Floats, step_s: float, everything: bool) -> Reading:
         """One-sided CUSUM (Page) of each cell's distance from where it used to stand."""
+        if self.ocv_v < self.knee_v:
+            return NOTHING
         fresh = np.isnan(self._place_v)
         if fresh.any():
             self._place_v = np.where(fresh, deviation_v, self._place_v)

@@ -30,6 +30,7 @@ class Judge:
 
     def __init__(self, rule: Rule, names: Sequence[str]) -> None:
         self.rule = rule
+        self.others: Sequence[Judge] = ()  # those of rule.unless
         self._names = names
         self._alarms: dict[int, Alarm] = {}
         self._histories: dict[int, History] = {}
@@ -46,6 +47,10 @@ class Judge:
     @property
     def busy(self) -> bool:
         return bool(self._alarms)
+
+    def _told_elsewhere(self) -> set[int]:
+        """Return the items of which another rule tells already, so that one fault is one alarm."""
+        return {alarm.item for judge in self.others for alarm in judge.alarms}
 
     def place_of(self, alarm: Alarm) -> int:
         """Return the place in its series of what the alarm is about, NO_ITEM for the pack as a whole."""
@@ -90,6 +95,11 @@ class Judge:
 
     def _items(self, t_ns: int, reading: Items, shift: float, context: dict[str, Any]) -> list[Draft]:
         offenders = self._offenders(reading, shift)
+        if hushed := self._told_elsewhere():
+            offenders = [item for item in offenders if item not in hushed]
+            for item in hushed & self._alarms.keys():
+                if not self._alarms[item].told:
+                    self._alarms.pop(item)
         told: list[tuple[Alarm, Told | None]] = []
         for item in list(self._alarms):
             alarm = self._alarms[item]

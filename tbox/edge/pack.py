@@ -25,17 +25,20 @@ Bools = npt.NDArray[np.bool_]
 NEVER_NS = -(1 << 62)  # the time stamp of what was not heard yet: older than any limit
 LAPS_EXACT_MAX = 4  # a quiet batch in which signals come more often is taken as one run
 LAPS_MAX = 4096  # any other batch is cut into at most so many; what is left is taken as one
+STALE_NS_MAX = 600_000 * NS_PER_MS  # whatever cycle a DBC declares
 SERIES_ROLES = ("cell_voltage", "probe_temperature")
 
 Milliseconds = Annotated[int, msgspec.Meta(ge=10, le=600_000)]
 
 
 class PackSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long a value stays fresh. A scan waits at most as long for a cell that fell silent."""
+    """How long a value stays fresh: so long, or so many cycles of its message where the DBC declares a longer
+    one. A scan waits at most as long for a cell that fell silent."""
 
     cell_stale_ms: Milliseconds = 5000  # a slow multiplexer (foxBMS: 54 steps of up to 100 ms) fits
     probe_stale_ms: Milliseconds = 10_000
     scalar_stale_ms: Milliseconds = 5000
+    stale_cycles: Annotated[int, msgspec.Meta(ge=2, le=1000)] = 10
 
 
 class Run(NamedTuple):
@@ -53,7 +56,9 @@ class Series:
     index: what the vehicle calls each; module: where it sits.
     """
 
-    def __init__(self, catalog: Sequence[Signal], role: str, first: int, stale_ms: int) -> None:
+    def __init__(
+        self, catalog: Sequence[Signal], role: str, first: int, stale_ms: int, stale_cycles: int
+    ) -> None:
         bound: dict[int, int] = {}
         for column, signal in enumerate(catalog):
             if signal.role == role:
@@ -62,7 +67,10 @@ class Series:
         self.index = np.array(sorted(bound), dtype=np.int32)
         self.module = np.array([catalog[column].module for column in self.columns], dtype=np.int32)
         self.slots = slice(first, first + len(bound))
-        self.stale_ns = stale_ms * NS_PER_MS
+        self.stale_ns = max(
+            (_stale_ns(catalog[column], stale_ms, stale_cycles) for column in self.columns),
+            default=stale_ms * NS_PER_MS,
+        )
         self.scans = 0
         self._began_ns = NEVER_NS  # when the running scan heard its first cell
         self._excused = np.zeros(len(bound), dtype=np.bool_)  # silent for long: scans do not wait for them
@@ -107,8 +115,9 @@ class Pack:
         settings = settings or PackSettings()
         size = len(catalog)
         self._account = account
-        self.cells = Series(catalog, "cell_voltage", 0, settings.cell_stale_ms)
-        self.probes = Series(catalog, "probe_temperature", len(self.cells), settings.probe_stale_ms)
+        cycles = settings.stale_cycles
+        self.cells = Series(catalog, "cell_voltage", 0, settings.cell_stale_ms, cycles)
+        self.probes = Series(catalog, "probe_temperature", len(self.cells), settings.probe_stale_ms, cycles)
         scalars = [
             column
             for column, signal in enumerate(catalog)
@@ -117,7 +126,9 @@ class Pack:
         first = len(self.cells) + len(self.probes)
         self.roles = [catalog[column].role for column in scalars]
         self._scalars = slice(first, first + len(scalars))
-        self._scalar_stale_ns = settings.scalar_stale_ms * NS_PER_MS
+        self._scalar_stale_ns = np.array(
+            [_stale_ns(catalog[column], settings.scalar_stale_ms, cycles) for column in scalars], np.int64
+        )
         self.slot_of = _slots([*self.cells.columns, *self.probes.columns, *scalars], size)
         self.value: Floats = np.full(size, np.nan)
         self.t_ns: Ints = np.full(size, NEVER_NS, dtype=np.int64)
@@ -228,6 +239,10 @@ class Pack:
             now.mono_ns, cell_v, cell_ok, probe_c, probe_ok, self.probes.module,
             self.scalars(now.mono_ns), self.cells.scans,
         )  # fmt: skip
+
+
+def _stale_ns(signal: Signal, least_ms: int, cycles: int) -> int:
+    return max(least_ms * NS_PER_MS, min(cycles * (signal.cycle_ms or 0) * NS_PER_MS, STALE_NS_MAX))
 
 
 def _slots(order: Sequence[int], size: int) -> Slots:

@@ -14,6 +14,9 @@ A rule file holds one table a rule; a later file (chemistry, then the vehicle's 
     only = "any"                    # any | charge | discharge | rest | load: when the rule looks at all
     otherwise = "hold"              # hold | clear: what becomes of an alarm while it does not look
     load_allowance = "0.3 mV/A"     # widens the limits with the current
+    knee = "3.45 V"                 # below this mean of the cells, load aside, it does not look: there their
+                                    # voltages part as their capacities do, healthy or not
+    unless = ["cell-lost"]          # not raised about a cell or probe of which one of these rules tells
     repeat = "60 s"                 # not raised again sooner, unless more severe
     update = "60 s"                 # a worse value is told at most so often
     latch = false                   # stays until reset, though the cause is gone
@@ -28,6 +31,7 @@ A rule file holds one table a rule; a later file (chemistry, then the vehicle's 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import string
 import sys
@@ -48,6 +52,8 @@ LEVELS = {level.name.lower(): level for level in Level}
 CONDITIONS = ("any", "charge", "discharge", "rest", "load")
 OTHERWISE = ("hold", "clear")
 TEXT_FIELDS = ("item", "value", "limit", "level", "since_s", "detail")
+
+KNEE_WATCHES = ("cell_spread", "cell_deviation", "cell_drift")  # cells held against each other
 
 BANDS_MAX = 4
 RULES_MAX = 256
@@ -123,6 +129,8 @@ class Rule:
     only: str = "any"
     otherwise: str = "hold"
     load_allowance_v_per_a: float = 0.0
+    knee_v: float = -math.inf
+    unless: tuple[str, ...] = ()
     repeat_ns: int = 60 * NS_PER_S
     update_ns: int = 60 * NS_PER_S
     latch: bool = False
@@ -196,6 +204,7 @@ def parse_rules(texts: Sequence[RuleText], chemistry: str) -> RuleSet:
         if _enabled(table, places[name])
     ]
     _check_runaway_alone(rules, places)
+    _check_unless(rules, merged, places)
     return RuleSet(tuple(rules), chemistry)
 
 
@@ -242,6 +251,15 @@ def _check_runaway_alone(rules: list[Rule], places: dict[str, _Places]) -> None:
         raise places[names[1]].error(
             "watch", f"{names[0]} watches thermal_runaway already", "keep one of them"
         )
+
+
+def _check_unless(rules: list[Rule], merged: Mapping[str, Any], places: dict[str, _Places]) -> None:
+    for rule in rules:
+        for name in rule.unless:
+            if name not in merged or name == rule.name:
+                near = difflib.get_close_matches(name, merged, 1)
+                mend = f"did you mean {near[0]!r}?" if near else "name another rule"
+                raise places[rule.name].error("unless", f"there is no other rule {name!r}", mend)
 
 
 # --- where a key stands, so that an error can name the line -------------------------------------------
@@ -308,8 +326,8 @@ class _Places:
 # --- checking -----------------------------------------------------------------------------------------
 
 _KEYS = (
-    "watch", "when", "bands", "for", "clear_for", "only", "otherwise", "load_allowance", "repeat", "update",
-    "latch", "isolate", "escalate", "text", "source", "enabled", "params",
+    "watch", "when", "bands", "for", "clear_for", "only", "otherwise", "load_allowance", "knee", "unless",
+    "repeat", "update", "latch", "isolate", "escalate", "text", "source", "enabled", "params",
 )  # fmt: skip
 _BAND_KEYS = ("level", "limit", "clear", "for", "clear_for")
 
@@ -331,6 +349,7 @@ class _Reader:
             only=self._choice("only", CONDITIONS, "any"),
             otherwise=self._choice("otherwise", OTHERWISE, "hold"),
             load_allowance_v_per_a=self._load_allowance(watch),
+            knee_v=self._knee(watch), unless=self._unless(watch),
             repeat_ns=self._duration(self._table, "repeat", "60 s"),
             update_ns=self._duration(self._table, "update", "60 s"),
             latch=self._flag("latch"), isolate=self._flag("isolate"),
@@ -470,6 +489,23 @@ class _Reader:
                 "load_allowance", f"{watch} does not depend on the current", "leave load_allowance out"
             )
         return self._quantity(self._table, "load_allowance", "V/A", "load_allowance").value
+
+    def _knee(self, watch: str) -> float:
+        if "knee" not in self._table:
+            return -math.inf
+        if watch not in KNEE_WATCHES:
+            raise self._places.error(
+                "knee", f"{watch} knows no knee", f"leave knee out; it is for {_some(KNEE_WATCHES)}"
+            )
+        return self._quantity(self._table, "knee", "V", "knee").value
+
+    def _unless(self, watch: str) -> tuple[str, ...]:
+        names = self._table.get("unless", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise self._places.error("unless", "unless is no list of names", 'write unless = ["RULE"]')
+        if names and not WATCHES[watch].item:
+            raise self._places.error("unless", f"{watch} is of the pack as a whole", "leave unless out")
+        return tuple(names)
 
     def _params(self, watch: str) -> Mapping[str, float] | None:
         wanted = WATCHES[watch].params

@@ -109,7 +109,7 @@ class EdgeStage:
         drafts = self._sampler.flush(now, self._context)
         drafts += self._journeys.flush(now)
         drafts += self._blackbox.flush(now)
-        return EdgeOutput(drafts)
+        return EdgeOutput(self._surrounded(drafts))
 
     def reload(self, rules: RuleSet) -> None:
         """Put other rules in force. Alarms of rules that stay as they are go on; those of others end."""
@@ -138,7 +138,14 @@ class EdgeStage:
                 self._blackbox.clear(now, alarm)
             else:
                 drafts += self._blackbox.trigger(now, alarm)
-        return EdgeOutput(output.drafts + drafts, output.sends, output.next_wake_ns)
+        return EdgeOutput(self._surrounded(output.drafts + drafts), output.sends, output.next_wake_ns)
+
+    def _surrounded(self, drafts: list[Draft]) -> list[Draft]:
+        """Put the context into every record that lacks it; telemetry has it among its own keys."""
+        for draft in drafts:
+            if draft.kind != "telemetry":
+                draft.body.setdefault("context", self._context.body())
+        return drafts
 
     def _out(self, now: Now, alarms: list[Draft], ack: float | None) -> EdgeOutput:
         standing = self._engine.standing()

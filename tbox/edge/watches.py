@@ -36,6 +36,8 @@ class LoadSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     rest_after_s: Annotated[float, msgspec.Meta(ge=0, le=7200)] = 60.0
     charge_after_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 30.0  # where no charging state is known
     unknown_current_a: Annotated[float, msgspec.Meta(ge=0, le=5000)] = 300.0  # assumed for allowances
+    # Ohmic and slow resistance of a warm cell of about 110 Ah: tells the end of the charge from a load's sag.
+    cell_mohm: Annotated[float, msgspec.Meta(ge=0, le=100)] = 1.2
 
 
 class Load:

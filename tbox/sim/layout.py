@@ -128,7 +128,7 @@ BMS_PACK = Msg(
         *_head(),
         Sig("PackVoltage", 16, 16, 0.02, hi=1200, unit="V", sna=0xFFFF),
         Sig("PackCurrent", 32, 16, 0.1, lo=-3000, hi=3000, unit="A", signed=True, sna=0x7FFF),
-        Sig("Soc", 48, 16, 0.01, hi=100, unit="%", sna=0xFFFF),
+        Sig("Soc", 48, 16, 0.01, hi=110, unit="%", sna=0xFFFF),
         Sig("Soh", 64, 8, 0.5, hi=100, unit="%", sna=0xFF),
         Sig("LinkVoltage", 80, 16, 0.02, hi=1200, unit="V", sna=0xFFFF),
         Sig("DischargeCurrentLimit", 96, 16, 0.1, hi=3000, unit="A", sna=0xFFFF),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tbox.sim.cell import CHEMISTRIES, Cells, Floats
+from tbox.sim.cell import CHEMISTRIES, Cells, Chemistry, Floats, ocv_v
 from tbox.sim.faults import Fault
 from tbox.sim.layout import (
     CELLS,
@@ -22,10 +22,12 @@ from tbox.sim.layout import (
 
 CELLS_PER_PROBE = CELLS // PROBES
 
-# Spread of a matched new pack (standard deviations); it holds the cells well within 50 mV at rest.
+# Spread of a matched new pack (standard deviations). Its BMS balances at the top, where the voltage tells
+# most, and holds the cells within 10 mV there (LibreSolar); below, each is as far down as its capacity says.
 CAPACITY_SPREAD = 0.008
 RESISTANCE_SPREAD = 0.03
-SOC_SPREAD = 0.002
+BALANCED_V = 0.003
+TOP_SOC = np.array([0.98, 1.0])
 
 # Thermal nodes: each cell's core, each bus bar that carries a probe, and one coolant loop.
 CELL_J_PER_K = 1900.0  # 1.9 kg at 1000 J/(kg K)
@@ -46,6 +48,12 @@ RUNAWAY_RISE_S = 3.0  # the reaction gathers pace over this
 PROPAGATED_W, PROPAGATED_J, PROPAGATED_COLLAPSE_S = 60_000.0, 1_000_000.0, 4.0
 
 ISOLATION_HEALTHY_KOHM = 5000.0
+
+
+def _balanced_soc(made_of: Chemistry) -> float:
+    """Return by how much of its charge a cell may be off (standard deviation) and count as balanced."""
+    low_v, high_v = ocv_v(made_of, TOP_SOC)
+    return float(BALANCED_V * (TOP_SOC[1] - TOP_SOC[0]) / (high_v - low_v))
 
 
 def module_of_probe(probe: int) -> int:
@@ -71,10 +79,12 @@ class Pack:
         ageing = 1.0 + 2.0 * (1.0 - soh)  # resistance grows about twice as fast as capacity fades
         per_ah = made_of.capacity_ah / capacity  # a smaller cell has more resistance
         spread = 1.0 + RESISTANCE_SPREAD * rng.standard_normal(CELLS)
+        unbalanced = _balanced_soc(made_of) * rng.standard_normal(CELLS)
+        fit = 1.0 + CAPACITY_SPREAD * rng.standard_normal(CELLS)
         self.cells = Cells(
             made_of,
-            soc=np.clip(soc + SOC_SPREAD * rng.standard_normal(CELLS), 0.0, 1.0),
-            capacity_ah=capacity * soh * (1.0 + CAPACITY_SPREAD * rng.standard_normal(CELLS)),
+            soc=np.clip(1.0 - (1.0 - soc) / fit + unbalanced, 0.0, 1.0),
+            capacity_ah=capacity * soh * fit,
             r0_ohm=made_of.r0_ohm * per_ah * ageing * spread,
             r1_ohm=made_of.r1_ohm * per_ah * ageing * spread,
         )

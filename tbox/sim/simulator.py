@@ -23,14 +23,17 @@ from tbox.sim.faults import Fault, known_messages
 from tbox.sim.gnss import GnssFix, Place, Receiver, Route
 from tbox.sim.pack import ISOLATION_HEALTHY_KOHM, Pack
 from tbox.sim.packing import Floats, Ints, Packer
-from tbox.sim.vehicle import RANGE_KM_MAX, RANGE_WH_PER_KM, Vehicle, load_cycle
+from tbox.sim.vehicle import CHARGING_AC, RANGE_KM_MAX, RANGE_WH_PER_KM, Vehicle, load_cycle
 
 CHANNEL = 0
 CHUNK_TICKS_MAX = 512  # physics steps recorded before they are turned into frames; bounds the memory
 FRAME_SPACING_NS = 500_000  # between the frames of one scan: above the line time of 64 bytes at 500k/2M
 RATE_HZ_MAX = 50_000
 CURRENT_LIMIT_A = 600.0
-CHARGE_TAPER_V = 0.03  # charging fades to nothing over the last of these volts below the maximum
+CHARGE_TAPER_V = 0.05  # charging fades to nothing over the last of these volts below the maximum
+CHARGE_FOLLOW_S = (
+    10.0  # so slowly the charger follows; at once, a cold pack's own resistance would make it swing
+)
 ISOLATION_FILTER_S = 2.0  # the monitor measures slowly
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -173,6 +176,7 @@ class Simulator:
         self._scalar_rngs = iter(scalar_rng.spawn(len(_SCALAR_MESSAGES)))
         self._soc_counted = self._pack.soc + settings.soc_error_percent / 100
         self._isolation_kohm = ISOLATION_HEALTHY_KOHM
+        self._charge_share = 0.0
         self._awake = False
         self._key_on_ns: list[int] = []
         self._tick = 0
@@ -263,7 +267,7 @@ class Simulator:
             dt_s,
             drive_share=bms.limit_share,
             closed=bms.closed,
-            charge_share=min(self._charge_share(), bms.limit_share),
+            charge_share=min(self._follow_charge(dt_s), bms.limit_share),
             dcdc=not self._active("low-voltage-lost", t_ns),
         )
         if bms.limit_share <= 0.0 and bms.closed:
@@ -278,10 +282,16 @@ class Simulator:
     def _measured_a(self) -> float:
         return self._pack.current_a * self.settings.current_gain
 
-    def _charge_share(self) -> float:
+    def _follow_charge(self, dt_s: float) -> float:
+        """Advance the share of the charge power that flows; it begins at nothing with each charge."""
+        if self._vehicle.wish.charging < CHARGING_AC:
+            self._charge_share = 0.0
+            return 0.0
         highest_v = float(self._pack.cell_v.max())
         limit_v = CHEMISTRIES[self.settings.chemistry].v_max - 0.05
-        return min(1.0, max(0.0, (limit_v - highest_v) / CHARGE_TAPER_V))
+        wanted = min(1.0, max(0.0, (limit_v - highest_v) / CHARGE_TAPER_V))
+        self._charge_share += (wanted - self._charge_share) * (1.0 - math.exp(-dt_s / CHARGE_FOLLOW_S))
+        return self._charge_share
 
     def _count_soc(self, dt_s: float) -> None:
         """Advance the BMS's own coulomb counter, which believes its current sensor."""

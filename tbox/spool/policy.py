@@ -6,8 +6,8 @@ A core: time comes in as nanoseconds, rows come in as values. It never reads a f
 from __future__ import annotations
 
 import bisect
-import itertools
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -120,6 +120,9 @@ class Lane(NamedTuple):
 
 ALARM, ROUTINE = Lane("alarm", True), Lane("routine", False)
 LANES = (ALARM, ROUTINE)
+# They wait with the backlog even while they are fresh: a capture is up to 400 records of 60 KiB, and what the
+# vehicle tells meanwhile must not stand in line behind it.
+PATIENT_KINDS = frozenset({"capture"})
 
 
 def lane_of(record: Record) -> Lane:
@@ -174,7 +177,7 @@ class _LaneState:
 
 
 class Drain:
-    """Who is sent next: fresh alarms, stored alarms, live, then backlog as far as the token bucket lets it.
+    """Who is sent next: fresh alarms, stored alarms, live, then captures and backlog as the bucket lets.
 
     Live is what was not offered since it was appended and still is in RAM; the rest is read from flash in
     order of id, and only when there is nothing livelier to give out: nothing fresh waits for a read. Each run
@@ -208,14 +211,24 @@ class Drain:
         tokens = int(min(room, self._records.available(mono_ns)))
         byte_tokens = int(self._bytes.available(mono_ns))
         if tokens > 0 and byte_tokens > 0:
-            out = self._take_stored(ROUTINE, tokens, min(bytes_max, byte_tokens), read)
+            out = self._take_fresh(ROUTINE, tokens, patient=True, bytes_max=byte_tokens)
+            out = out or self._take_stored(ROUTINE, tokens, min(bytes_max, byte_tokens), read)
             self._records.take(len(out))
             self._bytes.take(sum(len(record.payload) for record in out))
         return out
 
-    def _take_fresh(self, lane: Lane, room: int) -> list[Record]:
+    def _take_fresh(
+        self, lane: Lane, room: int, *, patient: bool = False, bytes_max: int = sys.maxsize
+    ) -> list[Record]:
+        """Take fresh records, of PATIENT_KINDS or all others; the last may go beyond bytes_max."""
         state = self._lanes[lane]
-        out = list(itertools.islice(state.fresh.values(), max(0, room)))
+        out: list[Record] = []
+        for record in state.fresh.values():
+            if len(out) >= room or bytes_max <= 0:
+                break
+            if (record.kind in PATIENT_KINDS) is patient:
+                out.append(record)
+                bytes_max -= len(record.payload)
         for record in out:
             del state.fresh[record.id]
             state.fresh_bytes -= len(record.payload)

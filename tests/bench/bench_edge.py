@@ -36,9 +36,7 @@ BURST_SCANS = (
 WHERE = "user-mode CPU of this machine"
 DBC = Path(__file__).parents[2] / "dbc"
 DAY_S = 86_400
-# The simulated cells are level where the day begins, and nothing balances them later. Packs are balanced near
-# the top; LFP cells level at 45 % would truly stand 180 mV apart when full, and be told of as `imbalance`.
-DAY_SOC_PERCENT = 90.0
+DAY_SOC_PERCENT = 45.0  # both charges of the day then pass the whole upper part of the curve, up to full
 AWAKE_STEP_NS = 200 * NS_PER_MS
 REST_STEP_NS = 10 * NS_PER_S
 # A parked or AC-charging BMS reports a scan in two seconds; every message's phase is in its first 100 ms.

@@ -202,6 +202,28 @@ def test_a_stop_seals_what_there_is() -> None:
     assert box.box.flush(at(box.ms)) == []
 
 
+def test_what_nobody_asked_for_ends_with_the_process_and_is_counted() -> None:
+    box = Box(channels=2)
+    box.run(3)
+    box.drafts += box.box.flush(at(box.ms))
+    assert box.drafts == [] and box.account.held == 0
+    assert box.account.dropped == {"stop": 600}
+    assert box.box.status()["ring_bytes"] == 0
+
+
+def test_a_frame_that_claims_more_bytes_than_any_can_hold_spoils_no_other() -> None:
+    box = Box()
+    sent = frames([1, 2, 3], length=8)
+    sent.frames["len"][1] = 255
+    box.box.step(at(10), sent)
+    box.drafts += box.box.trigger(at(10), alarm(10))
+    box.drafts += box.box.flush(at(20))
+    (part,) = [unpack_part(body) for body in bodies(box.drafts, "frames")]
+    assert part.frames["len"].tolist() == [8, 64, 8]
+    assert np.array_equal(part.frames["data"], sent.frames["data"])
+    assert sent.frames["len"][1] == 255, "what others hold too is not written to"
+
+
 def test_a_full_ring_forgets_the_oldest_and_says_so() -> None:
     box = Box(frame_ms=1, ring_bytes_max=1_000_000)
     box.run(30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tbox.ledger import Ledger
 from tbox.model import FRAME_DTYPE, NS_PER_MS, FrameBatch, Now, PackSnapshot, Validity
 from tbox.sim.simulator import Simulator
 from tests import dbcs
+from tests.core.test_batch import assert_equal_to_cantools
 from tests.data import data_file
 from tests.dbcs import Msg
 
@@ -216,22 +218,48 @@ def test_nothing_on_a_bus_raises_and_everything_is_counted(
     chain.ledger.check()
 
 
+def thousands() -> list[Msg]:
+    """250 messages of 32 signals: both byte orders, signed and not, floats, scales, multiplexed pages."""
+    messages = []
+    for n in range(250):
+        paged, length = n % 5 == 0, 64
+        sigs = [dbcs.Sig(f"S{n}_Page", 0, 8, False, False, "1", "0", mark="M")] if paged else []
+        for k in range(31 if paged else 32):
+            slot = 8 + 16 * (k % 16) if paged else 16 * k
+            bits, float_type = (32, 1) if not paged and n % 7 == 3 and k % 2 == 0 else (16, 0)
+            if not paged and n % 7 == 3 and k % 2:
+                slot, bits = 16 * k + 11, 5  # within the float before: overlapping is allowed
+            big = n % 2 == 1 and not float_type and bits == 16
+            start = 8 * (slot // 8) + 7 - slot % 8 if big else slot
+            scale, offset = dbcs.SCALES[k % len(dbcs.SCALES)], dbcs.OFFSETS[k % len(dbcs.OFFSETS)]
+            mark = f"m{k // 16}" if paged else ""
+            sigs.append(dbcs.Sig(f"S{n}_{k}", start, bits, big, k % 3 == 0, scale, offset, mark, float_type))
+        messages.append(Msg(n + 1, f"M{n}", length, sigs))
+    return messages
+
+
 @pytest.mark.slow
-def test_eight_thousand_signals_compile_and_decode() -> None:
-    messages = [
-        Msg(
-            n + 1,
-            f"M{n}",
-            64,
-            [dbcs.Sig(f"S{n}_{k}", 16 * k, 16, False, False, "0.1", "0") for k in range(32)],
-        )
-        for n in range(250)
-    ]
-    chain = Chain(dbcs.load(messages))
-    assert len(chain.stage.catalog) == 8000
-    block = dbcs.frames_of(np.random.default_rng(1), dbcs.load(messages).definitions, 200, wild=False)
-    samples = chain.stage.step(Now(0), FrameBatch(0, block, np.arange(200, dtype=np.int64)))
-    assert len(samples) == 200 * 32
+def test_eight_thousand_signals_decode_as_in_cantools_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "large.dbc"
+    path.write_text(dbcs.render(thousands()))
+    database = load_database([DbcFile(str(path))])
+    block = dbcs.frames_of(np.random.default_rng(1), database.definitions, 1000)
+    assert_equal_to_cantools(database, block, 100)
+    tracemalloc.start()
+    try:
+        chain = Chain(database)
+        assert len(chain.stage.catalog) == 8000
+        built_bytes, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        for first in range(0, 1000, 100):
+            t_ns = np.arange(first, first + 100, dtype=np.int64) * NS_PER_MS
+            chain.step(FrameBatch(0, block[first : first + 100], t_ns))
+        held_bytes, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Of 8,000 signals 2 KiB each, of a batch 512 bytes for each of its some 3,200 samples: generous limits.
+    assert built_bytes < 16 << 20 and peak_bytes - built_bytes < 4 << 20
+    assert held_bytes - built_bytes < 1 << 20, "nothing grows with the frames"
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

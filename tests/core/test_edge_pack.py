@@ -116,6 +116,27 @@ def test_a_value_grows_stale_and_is_no_longer_known() -> None:
     assert pack.snapshot(Now(2 * NS_PER_S)).scalars == {}
 
 
+def test_a_signal_that_comes_seldom_stays_fresh_for_its_cycles() -> None:
+    """A state of health every ten seconds would else be unknown half of the time."""
+    catalog = (
+        Signal("Soh", "B", 0, "percent", "soh", cycle_ms=10_000),
+        Signal("Soc", "B", 0, "percent", "soc", cycle_ms=100),
+        Signal("Cell0", "C", 0, "V", "cell_voltage", 0, cycle_ms=2_000),
+        Signal("Odo", "O", 0, "km", "odometer", cycle_ms=10**9),
+    )
+    pack = Pack(catalog, StageLedger("pack", "samples"))
+    once = SampleBatch(
+        np.zeros(4, np.int64), np.arange(4, dtype=np.int32), np.full(4, 3.0), np.zeros(4, np.uint8)
+    )
+    feed(pack, once)
+    known = {s: pack.snapshot(Now(s * NS_PER_S)) for s in (5, 6, 20, 21, 100, 101, 600, 601)}
+    assert set(known[5].scalars) == {"soc", "soh", "odometer"}
+    assert set(known[6].scalars) == {"soh", "odometer"} == set(known[100].scalars)
+    assert set(known[101].scalars) == {"odometer"} == set(known[600].scalars)
+    assert known[601].scalars == {}, "no cycle that a DBC may declare keeps a value for ever"
+    assert known[20].cell_ok.all() and not known[21].cell_ok.any()
+
+
 def test_a_silent_cell_does_not_stop_the_scans_for_ever() -> None:
     pack, _ = new_pack(cell_stale_ms=300)
     done = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from tbox.edge.engine import LEAD_NS
+from tbox.edge.mode import Context
 from tbox.edge.rules import load_rules
-from tbox.model import Level
+from tbox.model import Draft, Level
 from tests.core.edge_fixture import (
     CELLS,
     COLUMN_OF,
@@ -193,8 +195,58 @@ def test_each_fault_is_told_within_its_rules_time(fault: str) -> None:
     assert raised[0].body["key"] == key
     assert raised[0].level == level, raised[0].body["text"]
     assert (raised[0].mono_ns - begin_ns) / 1e9 <= within_s
-    assert "limit" in raised[0].body["text"] or rule == "contactor-mismatch" or raised[0].body["text"]
-    assert raised[0].body["context"]["mode"] == "idle"
+    assert raised[0].body["context"] == Context().body()
+    says_what_where_and_how_much(raised[0])
+
+
+def says_what_where_and_how_much(draft: Draft) -> None:
+    """The text alone tells a person which cell or probe it is, how much, and how much it may be."""
+    body, text = draft.body, draft.body["text"]
+    assert body["key"] == "pack" or body["key"] in text
+    told = re.findall(rf"-?\d+(?:\.\d+)?(?= ?{re.escape(body['unit'])})", text)
+    for number in (body["value"], body["limit"]) if body["unit"] else (body["value"],):
+        assert any(abs(float(n) - number) <= 0.51 * 10.0 ** -len(n.partition(".")[2]) for n in told), text
+    assert len(text.split()) >= 5
+
+
+def test_a_probe_that_stands_still_while_the_pack_warms_is_told_of_once() -> None:
+    """It shows to two rules: by its missing noise, and by the degrees it does not follow."""
+    bench, pack = Bench(), NoisyPack(np.random.default_rng(7), soc=0.6)
+    warm_up(bench, pack)
+    rows = pack.rows(np.full(1200, -40.0), 0.1)
+    rows[:, CELLS : CELLS + 48] += np.linspace(0.0, 9.0, len(rows))[:, None].round(1)
+    rows[:, CELLS + 8] = 22.3
+    bench.run(rows, 0.1)
+    assert [(d.body["alarm"], d.body["key"]) for d in bench.drafts if d.body["event"] == "raise"] == [
+        ("probe-stuck", "probe 8")
+    ]
+
+
+@pytest.mark.parametrize(("mean_v", "told"), [(3.80, True), (3.40, False)])
+@pytest.mark.parametrize(
+    ("rule", "fault"),
+    [("imbalance", -0.2), ("imbalance-rest", -0.14), ("imbalance-sigma", 0.07), ("cell-drift", -0.05)],
+)
+def test_cells_are_held_against_each_other_above_the_knee_only(
+    rule: str, fault: float, mean_v: float, told: bool
+) -> None:
+    """Below it they part as their capacities do, and nothing is wrong."""
+    bench, pack = Bench(), NoisyPack(np.random.default_rng(7), soc=0.6)
+    rows = pack.rows(np.full(1600, 0.0), 0.1)
+    rows[:, :CELLS] += mean_v - rows[:, :CELLS].mean()
+    rows[400:, 9] += fault
+    bench.run(rows, 0.1)
+    assert bool(bench.told(rule)) == told
+
+
+def test_a_load_does_not_pass_for_an_empty_pack() -> None:
+    """At 300 A a half-full cell sags to what an empty one shows at rest."""
+    bench, pack = Bench(), NoisyPack(np.random.default_rng(7), soc=0.6)
+    rows = pack.rows(np.full(600, -300.0), 0.1)
+    rows[:, :CELLS] += 3.40 - rows[:, :CELLS].mean()
+    rows[400:, 9] -= 0.3
+    bench.run(rows, 0.1)
+    assert bench.told("imbalance")
 
 
 @pytest.mark.parametrize("fault", ["over-voltage", "runaway"])

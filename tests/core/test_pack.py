@@ -14,9 +14,11 @@ DT_S = 0.1
 RUNAWAY_C_PER_S = 1.0  # GB 38031: what a probe must see for more than three seconds
 
 
-def make(*faults: Fault, chemistry: str = "NMC", temperature_c: float = 27.0, seed: int = 1) -> Pack:
+def make(
+    *faults: Fault, chemistry: str = "NMC", temperature_c: float = 27.0, seed: int = 1, soc: float = 0.78
+) -> Pack:
     return Pack(
-        chemistry, soc=0.78, soh=0.96, temperature_c=temperature_c, capacity_ah=None, faults=faults,
+        chemistry, soc=soc, soh=0.96, temperature_c=temperature_c, capacity_ah=None, faults=faults,
         rng=np.random.default_rng(seed),
     )  # fmt: skip
 
@@ -32,9 +34,21 @@ def run(
 
 @pytest.mark.parametrize("chemistry", ["NMC", "LFP"])
 def test_a_matched_pack_at_rest_holds_its_cells_within_50_mv(chemistry: str) -> None:
-    pack = make(chemistry=chemistry)
-    run(pack, 10)
-    assert np.ptp(pack.cell_v) < 0.050
+    for soc in (0.20, 0.45, 0.78, 0.95, 0.99, 1.0):
+        pack = make(chemistry=chemistry, soc=soc)
+        run(pack, 10)
+        assert np.ptp(pack.cell_v) < 0.050, soc
+        assert pack.soc == pytest.approx(soc, abs=0.002)
+
+
+@pytest.mark.parametrize("chemistry", ["NMC", "LFP"])
+def test_wherever_a_day_begins_the_cells_meet_again_at_the_top(chemistry: str) -> None:
+    """Level at 45 %, LFP cells of any real spread of capacity would stand 180 mV apart when full."""
+    pack = make(chemistry=chemistry, soc=0.45)
+    while pack.soc < 0.985:
+        run(pack, 60, power_w=20_000.0, dt_s=10.0)
+    run(pack, 600, closed=False)
+    assert np.ptp(pack.cell_v) < 0.030
 
 
 def test_power_flows_only_through_closed_contactors() -> None:

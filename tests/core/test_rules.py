@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,12 @@ def test_the_shipped_rules_load_and_each_names_its_source(chemistry: str) -> Non
 def test_the_chemistries_differ_in_voltage_and_in_nothing_else() -> None:
     lfp, nmc = load_rules("lfp"), load_rules("nmc")
     other = {rule.name for rule in lfp.rules if rule != nmc.named(rule.name)}
-    assert other == {"cell-over-voltage", "cell-under-voltage", "pack-over-voltage", "pack-under-voltage"}
+    knees = {"imbalance", "imbalance-rest", "imbalance-sigma", "cell-drift"}
+    limits = {"cell-over-voltage", "cell-under-voltage", "pack-over-voltage", "pack-under-voltage"}
+    assert other == limits | knees
+    for name in knees:
+        of_lfp, of_nmc = lfp.named(name), nmc.named(name)
+        assert of_lfp and of_nmc and replace(of_lfp, knee_v=of_nmc.knee_v) == of_nmc
 
 
 def test_the_slope_alone_never_is_more_than_a_warning() -> None:
@@ -107,6 +113,10 @@ def test_a_later_file_overrides_key_by_key_and_may_switch_a_rule_off() -> None:
         ('clear = "45 degC"', 'claer = "45 degC"', 7, "did you mean 'clear'?"),
         ('for = "2 s"', 'latch = "yes"', 5, "neither true nor false"),
         ('for = "2 s"', 'only = "parked"', 5, "only = 'parked' is unknown"),
+        ('for = "2 s"', 'unless = ["hott"]', 5, "there is no other rule 'hott'"),
+        ('for = "2 s"', 'unless = ["hot"]', 5, "there is no other rule 'hot'"),
+        ('for = "2 s"', 'unless = "hot"', 5, "no list of names"),
+        ('for = "2 s"', 'knee = "3.4 V"', 5, "knows no knee"),
         ('for = "2 s"', 'load_allowance = "0.3 mV/A"', 5, "does not depend on the current"),
         ('for = "2 s"', "params = { depth = 3 }", 5, "unknown key 'depth'"),
         ('for = "2 s"', 'escalate = [ { after = "1 min" } ]', 5, "needs after and level"),

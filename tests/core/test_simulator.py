@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cantools
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -414,6 +415,28 @@ def test_a_pack_that_charges_stops_at_its_limit() -> None:
     assert 0.93 < truth.soc <= 1.0
     assert truth.cell_v.max() < 4.25
     assert truth.pack_current_a < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chemistry", ["NMC", "LFP"])
+def test_a_cold_pack_is_charged_without_a_swing(chemistry: str) -> None:
+    """Its resistance is high: a charger that followed the cells at once would drive them up and down."""
+    wanted = {
+        "chemistry": chemistry,
+        "cycle": "charge-dc",
+        "soc_percent": 85,
+        "pack_c": 5.0,
+        "physics_ms": 200,
+    }
+    simulator = Simulator(1, msgspec.convert(wanted, SimSettings))
+    highest, currents = 0.0, []
+    for tick in range(1, 6000):
+        run(simulator, tick * 0.2)
+        truth = simulator.truth()
+        highest = max(highest, float(truth.cell_v.max()))
+        currents.append(truth.pack_current_a)
+    assert highest < {"NMC": 4.23, "LFP": 3.63}[chemistry]
+    assert max(abs(b - a) for a, b in pairwise(currents[100:])) < 5.0
 
 
 @pytest.mark.slow

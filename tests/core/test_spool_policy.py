@@ -120,6 +120,22 @@ def test_backlog_waits_for_the_token_bucket_and_live_never_does() -> None:
     assert drain.offer(NS_PER_S, 50, _stored(*backlog), 1 << 20) == backlog[2:4]
 
 
+def test_a_capture_waits_with_the_backlog_while_live_records_go_past_it() -> None:
+    """Its hundreds of parts would else keep the telemetry of the minute after the alarm waiting."""
+    drain = Drain(TokenBucket(1000, 1000), TokenBucket(3, 3))  # three bytes, a second each
+    parts = [Record(record_id(2, n), "capture", Level.INFO, b"x") for n in range(1, 6)]
+    for record in [*parts, live := _record(6)]:
+        drain.append(record)
+    assert drain.offer(0, 10, _stored(), 1 << 20) == [live]
+    assert drain.offer(0, 10, _stored(), 1 << 20) == parts[:3]
+    drain.append(later := _record(7))
+    assert drain.offer(0, 10, _stored(), 1 << 20) == [later]
+    assert drain.offer(0, 10, _stored(), 1 << 20) == [], "the bucket is empty"
+    drain.requeue({part.id: part for part in parts}.get)
+    assert drain.offer(NS_PER_S, 10, _stored(), 1 << 20) == parts[:3]
+    assert drain.offer(2 * NS_PER_S, 10, _stored(), 1 << 20) == parts[3:]
+
+
 def test_after_the_link_died_everything_in_flight_comes_again_in_order_of_id() -> None:
     backlog = [_record(n, start=1) for n in range(1, 6)]
     drain = _drain()

@@ -15,7 +15,6 @@ from tbox.decode.database import DecodeSettings
 from tbox.decode.roles import UNBOUND, MappingError, RoleMap
 from tbox.decode.sentinels import limits_of
 from tbox.decode.stage import DecodeStage
-from tbox.decode.validity import Freshness
 from tbox.ledger import Ledger
 from tbox.model import FRAME_DTYPE, NS_PER_MS, FrameBatch, Now, SampleBatch, Validity
 from tests import dbcs
@@ -430,22 +429,3 @@ def test_the_mapping_may_set_or_switch_off_the_spike_limit() -> None:
     tight = Bench(VOLTS, role("cell_voltage", unit='"V"', glitch="0.01"))
     assert tight.codes(mv(3700, 3720)) == [V.VALID, V.GLITCH]
     assert Bench(VOLTS, VOLTS_MAP, glitch=False).codes(mv(3700, 2000)) == [V.VALID] * 2
-
-
-# --- staleness ----------------------------------------------------------------------------------------
-
-
-def test_a_column_is_fresh_for_so_many_cycles_of_its_message() -> None:
-    bench = Bench(VOLTS, VOLTS_MAP)
-    fresh = Freshness(bench.stage.catalog, DecodeSettings(stale_ms_max=30_000))
-    assert not fresh.fresh(0).any()
-    fresh.see(bench.step(mv(3700, 3701), start_ms=100))
-    assert fresh.fresh(30_000 * NS_PER_MS).all()
-    assert not fresh.fresh(30_200 * NS_PER_MS).any()
-
-
-def test_only_valid_samples_are_fresh() -> None:
-    bench = Bench([sig("A", 0, 8, low="0", high="10")])
-    fresh = Freshness(bench.stage.catalog, DecodeSettings())
-    fresh.see(bench.step(u8(200)))
-    assert not fresh.fresh(0).any()

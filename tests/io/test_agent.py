@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tbox.sim.broker import MosquittoBroker, find_mosquitto
+from tbox.record.codec import decode_payload
+from tbox.sim.broker import MosquittoBroker, find_mosquitto, free_port
 from tbox.sim.network import LinkCutter
-from tests.daemon import DBC, TBOX, Daemon, Judge, Vehicle, tbox, wait_for
+from tests.daemon import DBC, TBOX, WAIT_S, Daemon, Judge, Vehicle, tbox, wait_for
 
 needs_mosquitto = [
     pytest.mark.mosquitto,
@@ -124,6 +127,22 @@ class TestWholeChain:
         wait_for("the new threshold at work", lambda: bench.judge.bodies("alarm", alarm="soc-low"))
         assert bench.daemon.stop() == 0
 
+    def test_a_latched_alarm_stands_until_it_is_reset_by_hand(self, bench: Bench) -> None:
+        rule = '[rule.hvil-open]\nlatch = true\nclear_for = "0 s"\n'
+        (bench.daemon.directory / "rules.toml").write_text(rule)
+        bench.daemon.start()
+        bench.vehicle("--fault", "hvil-open@3s:duration=3s")
+        wait_for("it is latched", lambda: bench.judge.bodies("alarm", alarm="hvil-open", state="latched"))
+        assert not bench.judge.bodies("alarm", alarm="hvil-open", event="clear")
+        reset = ["reset-alarms", "--config", str(bench.daemon.config)]
+        assert json.loads(tbox(*reset, "hvil-open").stdout) == {"ended": 1}
+        (clear,) = wait_for("its end", lambda: bench.judge.bodies("alarm", alarm="hvil-open", event="clear"))
+        assert "reset" in clear["text"]
+        again = tbox(*reset, "hvil-open", check=False)
+        assert again.returncode == 1 and "no alarm of hvil-open stands" in again.stderr
+        assert bench.daemon.stop() == 0
+        wait_for("everything at the broker", bench.judge.complete)
+
     def test_status_and_tail_show_a_running_daemon(self, bench: Bench) -> None:
         bench.daemon.start()
         bench.vehicle()
@@ -160,7 +179,68 @@ class TestWholeChain:
         assert bench.daemon.status()
 
 
+def planted(daemon: Daemon, plant: str) -> subprocess.CompletedProcess[str]:
+    """Run the shipped daemon to its end, with one line of Python in it that the release has not."""
+    program = f"import sys\n{plant}\nfrom tbox.cli.main import main\nmain()"
+    return subprocess.run(
+        [sys.executable, "-c", program, "run", "--config", str(daemon.config)],
+        capture_output=True, text=True, timeout=WAIT_S, check=False,
+    )  # fmt: skip
+
+
+class TestABugInside:
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("plant", "thread"),
+        [
+            ("import tbox.bus.local as m; m.LocalBus.recv_frames = lambda *_: 1 / 0", "bus_thread_died"),
+            ("import tbox.flow as m; m.Flow.step = lambda *_: 1 / 0", "pipeline_thread_died"),
+        ],
+    )
+    def test_an_error_in_a_thread_ends_the_daemon_in_order_and_the_next_start_says_so(
+        self, tmp_path: Path, plant: str, thread: str
+    ) -> None:
+        """Where it went unnoticed, the bus would be deaf for ever."""
+        daemon = Daemon(tmp_path, free_port())
+        done = planted(daemon, plant)
+        assert done.returncode == 1
+        assert thread in done.stderr and "ZeroDivisionError" in done.stderr and "stopped" in done.stderr
+        with ExitStack() as stack:
+            stack.callback(daemon.end)
+            daemon.start()
+            assert daemon.stop() == 0
+        exported = tbox("spool", "export", str(tmp_path / "state" / "spool")).stdout.splitlines()
+        records = [decode_payload(base64.b64decode(json.loads(line)["payload"])) for line in exported]
+        starts = [r["body"] for r in records if r["kind"] == "event" and r["body"]["event"] == "start"]
+        assert [body["previous"] and body["previous"]["clean"] for body in starts] == [None, False]
+
+    def test_a_thread_that_computes_holds_the_others_up_for_a_millisecond_at_a_time(
+        self, tmp_path: Path
+    ) -> None:
+        """Python's own five make a waker 5 ms late, and up to 80."""
+        plant = (
+            "from tbox.agent import Agent; "
+            "Agent.start = lambda self: (print(sys.getswitchinterval()), sys.exit(0))"
+        )
+        assert planted(Daemon(tmp_path, free_port()), plant).stdout == "0.001\n"
+
+
 class TestBadInput:
+    def test_a_dbc_that_does_not_load_is_named_and_the_others_keep_working(self, tmp_path: Path) -> None:
+        bad = tmp_path / "bad.dbc"
+        bad.write_text('BO_ 1 M: 8 X\n SG_ S : 0|8@1+ (1,0) [0|1] "" X\nBO_ 1 N: 8 X\n')
+        good = f'"{DBC}/tbox_bms.dbc"'
+        lenient = Daemon(tmp_path, 1, bus=f'dbc = ["{bad}", {good}]')
+        done = tbox("run", "--check", "--config", str(lenient.config))
+        assert json.loads(done.stdout) == {"ok": True}
+        assert "dbc_left_out" in done.stderr and "bad.dbc:3" in done.stderr
+        for daemon in (
+            Daemon(tmp_path, 1, bus=f'dbc = ["{bad}", {good}]', more="[decode]\nstrict = true\n"),
+            Daemon(tmp_path, 1, bus=f'dbc = ["{bad}"]'),
+        ):
+            done = tbox("run", "--check", "--config", str(daemon.config), check=False)
+            assert done.returncode == 2 and "bad.dbc:3" in done.stderr
+
     @pytest.mark.parametrize(
         ("edit", "said"),
         [

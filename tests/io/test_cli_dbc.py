@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,29 @@ def test_the_letters_lv_within_a_word_propose_no_low_voltage(tmp_path: Path) -> 
     path.write_text('VERSION ""\nBS_:\nBU_: E\nBO_ 1 Pack: 8 E\n' + rows)
     proposal = run("map", str(path)).output
     assert 'signal = "LV_BusVoltage"' in proposal and "# or:" not in proposal
+
+
+def test_the_model_3s_tyres_chargers_and_lanes_are_not_its_battery() -> None:
+    """Taken for cells, the batteries of its tyre sensors would be alarmed at 3 V."""
+    proposal = tomllib.loads(run("map", str(data_file("dbc", "model3.dbc"))).output)["signal"]
+    proposed = [(entry["role"], entry["message"], entry["signal"]) for entry in proposal]
+    cells = [entry for entry in proposed if entry[0] in ("cell_voltage", "probe_temperature")]
+    assert cells == [("cell_voltage", "ID401CellVoltages", r"Cell(?P<index>\d+)")]
+    single = {role: signal for role, _, signal in proposed}
+    assert single["low_voltage"] == "v12vBattVoltage261"
+    assert single["coolant_temperature"] == "VCFRONT_tempCoolantBatInlet"
+    assert single["range"] == "UI_Range"
+    assert single["motor_speed"] == "DIF_axleSpeed"
+
+
+def test_the_konas_12_v_battery_is_not_its_pack() -> None:
+    assert "soh" not in run("map", str(data_file("dbc", "kona-pcan.dbc"))).output
+
+
+def test_lint_names_many_signals_of_one_damage_in_one_line() -> None:
+    output = run("lint", str(data_file("dbc", "model3.dbc"))).output
+    (line,) = [line for line in output.splitlines() if "no signal selects" in line]
+    assert ":2976: ID201VCFRONT_loggingAndVitals10Hz: 47 signals are multiplexed" in line
 
 
 @pytest.mark.slow

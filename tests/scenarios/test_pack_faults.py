@@ -5,7 +5,7 @@ Both layouts are driven: single frames (0.1 degC a probe) and one multiplexed fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,13 @@ import pytest
 
 from tbox.agent import build_stages
 from tbox.config import BusConfig, Config, RulesConfig, VehicleConfig
+from tbox.edge.rules import load_rules
 from tbox.flow import Flow
 from tbox.ledger import Ledger
 from tbox.model import NS_PER_MS, NS_PER_S, Now
+from tbox.sim.cell import Floats
 from tbox.sim.faults import Fault, parse_fault
+from tbox.sim.layout import CELLS
 from tbox.sim.simulator import SimSettings, Simulator
 from tbox.uplink.session import UplinkSettings
 
@@ -28,8 +31,33 @@ BMS = {"plain": "tbox_bms.dbc", "mux": "tbox_bms_mux.dbc"}
 STEP_MS = 100
 
 
+Alter = Callable[[float, Floats, Floats, dict[str, float]], None]
+
+
+class Altered(Simulator):
+    """A vehicle whose ECUs see another world: alter(seconds of it, cells V, probes degC, other values)."""
+
+    def __init__(self, seed: int, settings: SimSettings, alter: Alter, from_s: float) -> None:
+        self._alter, self._from_s = alter, from_s
+        super().__init__(seed, settings)
+
+    def _record(self) -> None:
+        super()._record()
+        age_s = self._tick * self._tick_ns / NS_PER_S - self._from_s
+        if age_s >= 0:
+            row, history = self._history.rows - 1, self._history
+            values = dict(zip(self._scalar_column, history.scalar[row].tolist(), strict=True))
+            self._alter(age_s, history.cell_v[row], history.probe_c[row], values)
+            history.scalar[row] = list(values.values())
+
+
 def alarms(
-    seconds: float, settings: SimSettings, faults: Sequence[Fault] = (), *, seed: int = 5
+    seconds: float,
+    settings: SimSettings,
+    faults: Sequence[Fault] = (),
+    *,
+    seed: int = 5,
+    alter: tuple[Alter, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Drive for some seconds; return the bodies of all alarm records, each with its time `t_s`."""
     ledger = Ledger()
@@ -41,7 +69,7 @@ def alarms(
         uplink=UplinkSettings(),
     )
     flow = Flow(*build_stages(config, ledger))
-    simulator = Simulator(seed, settings, faults)
+    simulator = Altered(seed, settings, *alter) if alter else Simulator(seed, settings, faults)
     told: list[dict[str, Any]] = []
     for t_ms in range(STEP_MS, round(seconds * 1000) + 1, STEP_MS):
         now = Now(t_ms * NS_PER_MS)
@@ -75,6 +103,7 @@ BOTH = {
     "12 V is lost": Expected("low-voltage-lost", "low-voltage-lost", 65),
     "the BMS falls silent": Expected("bus-silent", "bms-silent", 6),
     "every counter sticks": Expected("counter-stuck", "bms-silent", 7),
+    "the contactors weld": Expected("contactor-failed", "contactor-failed", 1, "parked"),
     "every CRC is wrong": Expected("crc-errors:rate=1", "bms-silent", 6),
 }
 # An open probe reads -40 degC: below what tbox_bms.dbc declares, so refused, and at the edge of the other's
@@ -90,19 +119,125 @@ OF_MUX = {
 FAULTS = {"plain": BOTH | OF_PLAIN, "mux": BOTH | OF_MUX}
 
 
+# What the simulated physics does not bring about by itself, the ECUs are made to see.
+# name -> rule, seconds, cycle, what is altered; by chemistry where the limits differ
+
+
+def value(name: str, number: float) -> Alter:
+    def alter(_s: float, _cells: Floats, _probes: Floats, values: dict[str, float]) -> None:
+        assert name in values
+        values[name] = number
+
+    return alter
+
+
+def cell(index: int, volts: float) -> Alter:
+    return lambda _s, cells, _probes, _values: cells.__setitem__(index, volts)
+
+
+def cell_off(index: int, volts: float, seconds: float = 0.01) -> Alter:
+    """Moved away within so many seconds."""
+    return lambda s, cells, _probes, _values: cells.__setitem__(
+        index, cells[index] + volts * min(1.0, s / seconds)
+    )
+
+
+def probes(which: int | slice, degrees_c: float, c_per_s: float = 0.0) -> Alter:
+    return lambda s, _cells, probes, _values: probes.__setitem__(which, degrees_c + c_per_s * s)
+
+
+ALL = slice(None)
+SEEN: dict[str, tuple[str, float, str, dict[str, Alter] | Alter]] = {
+    "a cell is overcharged": (
+        "cell-over-voltage", 2.5, "ready", {"NMC": cell(37, 4.30), "LFP": cell(37, 3.85)}
+    ),
+    "a cell is exhausted": ("cell-under-voltage", 2.5, "ready", {"NMC": cell(5, 2.60), "LFP": cell(5, 2.40)}),
+    "the pack is overcharged": (
+        "pack-over-voltage", 2.5, "ready",
+        {"NMC": value("PackVoltage", 4.26 * CELLS), "LFP": value("PackVoltage", 3.76 * CELLS)},
+    ),
+    "the pack is exhausted": (
+        "pack-under-voltage", 2.5, "ready",
+        {"NMC": value("PackVoltage", 2.70 * CELLS), "LFP": value("PackVoltage", 2.50 * CELLS)},
+    ),
+    "the pack is not its cells": ("pack-voltage-mismatch", 21, "ready", value("PackVoltage", 590.0)),
+    "hot while charging": ("over-temperature-charge", 2.5, "charge-dc", probes(7, 48.0)),
+    "cold while charging": ("under-temperature-charge", 31, "charge-ac", probes(ALL, -3.0)),
+    "cold": ("under-temperature-discharge", 31, "ready", probes(ALL, -22.0)),
+    "one hot corner": ("temperature-spread", 11.5, "ready", probes(11, 40.0)),
+    "a probe warms": ("temperature-rise", 9, "ready", probes(3, 27.0, 0.9)),
+    "a cell is low under load": ("imbalance", 11.5, "city", cell_off(9, -0.5, 2.0)),
+    "a cell is low at rest": ("imbalance-rest", 62, "ready", cell_off(9, -0.15)),
+    "a cell is apart": ("imbalance-sigma", 62, "ready", cell_off(9, 0.08)),
+    "nearly empty": ("soc-low", 11, "ready", value("Soc", 4.0)),
+    "more than full": ("soc-high", 11, "ready", value("Soc", 103.0)),
+    "the charge jumps": ("soc-jump", 1.5, "ready", value("Soc", 62.0)),
+    "worn": ("soh-low", 61.5, "ready", value("Soh", 76.0)),
+    "too much is drawn": ("over-current-discharge", 1, "ready", value("PackCurrent", -900.0)),
+    "too much is fed": ("over-current-charge", 1, "ready", value("PackCurrent", 550.0)),
+    "the contactors do not open": ("contactor-mismatch", 5.5, "ready", value("ContactorCommand", 0.0)),
+    "the motor is hot": ("motor-over-temperature", 6, "ready", value("MotorTemperature", 165.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("chemistry", "frames"), [("NMC", "plain"), ("LFP", "mux")])
+@pytest.mark.parametrize("name", SEEN)
+def test_what_the_ecus_see_is_told_within_its_rules_time(name: str, chemistry: str, frames: str) -> None:
+    rule, within_s, cycle, alters = SEEN[name]
+    alter = alters[chemistry] if isinstance(alters, dict) else alters
+    wanted = {"frames": frames, "chemistry": chemistry, "cycle": cycle, "soc_percent": 50.0, "pack_c": 27.0}
+    told = alarms(AT_S + within_s, msgspec.convert(wanted, SimSettings), alter=(alter, AT_S))
+    assert [body["text"] for body in told if body["t_s"] < AT_S] == []
+    raised = [body["t_s"] - AT_S for body in told if body["alarm"] == rule]
+    assert raised and raised[0] <= within_s, [(b["alarm"], b["t_s"]) for b in told][:8]
+
+
+@pytest.mark.parametrize("chemistry", ["NMC", "LFP"])
+def test_no_shipped_rule_is_without_its_fault(chemistry: str) -> None:
+    told = {expected.rule for faults in FAULTS.values() for expected in faults.values()}
+    assert {rule.name for rule in load_rules(chemistry.lower()).rules} == told | {
+        rule for rule, *_ in SEEN.values()
+    }
+
+
 def at_s(fault: str) -> Fault:
     name, colon, keys = fault.partition(":")
     return parse_fault(f"{name}@{AT_S}s{colon}{keys}")
 
 
-@pytest.mark.parametrize(("frames", "name"), [(frames, name) for frames in FAULTS for name in FAULTS[frames]])
-def test_each_fault_of_the_vehicle_is_told_within_its_rules_time(frames: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("chemistry", "frames", "name"),
+    [
+        (chemistry, frames, name)
+        for chemistry, frames in (("NMC", "plain"), ("NMC", "mux"), ("LFP", "plain"))
+        for name in FAULTS[frames]
+    ],
+)
+def test_each_fault_of_the_vehicle_is_told_within_its_rules_time(
+    chemistry: str, frames: str, name: str
+) -> None:
     expected = FAULTS[frames][name]
-    settings = msgspec.convert({"frames": frames, "cycle": expected.cycle, "soc_percent": 50.0}, SimSettings)
-    told = alarms(AT_S + 2 + expected.within_s, settings, [at_s(expected.fault)])
+    wanted = {"frames": frames, "chemistry": chemistry, "cycle": expected.cycle, "soc_percent": 50.0}
+    told = alarms(AT_S + 2 + expected.within_s, msgspec.convert(wanted, SimSettings), [at_s(expected.fault)])
     assert [body["text"] for body in told if body["t_s"] < AT_S] == []
     raised = [body["t_s"] - AT_S for body in told if body["alarm"] == expected.rule]
     assert raised and raised[0] <= expected.within_s, sorted({(b["alarm"], b["t_s"]) for b in told})[:8]
+
+
+@pytest.mark.parametrize("chemistry", ["NMC", "LFP"])
+def test_a_healthy_pack_that_is_nearly_empty_tells_of_its_charge_alone(chemistry: str) -> None:
+    """Its cells stand 140 to 190 mV apart there, as their capacities make them."""
+    wanted = {"chemistry": chemistry, "cycle": "ready", "soc_percent": 5.5, "pack_c": 15.0, "ambient_c": 10.0}
+    told = alarms(300, msgspec.convert(wanted, SimSettings), seed=3)
+    assert {body["alarm"] for body in told} == {"soc-low"}
+    assert len(told) == 1, "it falls by a point an hour"
+
+
+@pytest.mark.parametrize(("frames", "rule"), [("plain", "probe-stuck"), ("mux", "probe-not-following")])
+def test_a_stuck_probe_is_one_alarm_however_far_the_pack_warms_meanwhile(frames: str, rule: str) -> None:
+    settings = msgspec.convert({"frames": frames, "cycle": "charge-dc", "soc_percent": 30.0}, SimSettings)
+    told = alarms(AT_S + 500, settings, [at_s("sensor-stuck:probe=11")])
+    assert [(body["alarm"], body["key"]) for body in told if body["event"] == "raise"] == [(rule, "probe 11")]
 
 
 def test_an_open_probe_is_no_cold_spot_of_the_pack() -> None:
