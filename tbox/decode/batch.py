@@ -28,6 +28,7 @@ from tbox.decode.table import (
 )
 from tbox.model import FRAME_BYTES
 
+WORD = np.dtype("<u8")
 FEW_FRAMES = 3  # up to here frames are decoded one by one
 
 # What a plan's rows need beyond shift and mask.
@@ -75,6 +76,7 @@ class Decoder:
             for channel, (keys, plans) in table.roots.items()
         }
         self._lean: dict[int, _Lean] = {}
+        self._zeros = np.zeros(int(table.count.max(initial=0)), np.int64)  # read only
 
     def decode(self, channel: int, frames: npt.NDArray[np.void]) -> Decoded:
         """Decode frames of one bus. frames: (n,) model.FRAME_DTYPE."""
@@ -194,7 +196,8 @@ class Decoder:
         fallback = self._cantools(frames, plan, short) if needs & NEEDS_CANTOOLS else []
         if len(parts) == 1:
             index, row, raw, value = parts[0]
-            return Decoded(plan, short, np.full(len(row), index), row, raw, value, fallback)
+            frame = np.full(len(row), index) if index else self._zeros[: len(row)]
+            return Decoded(plan, short, frame, row, raw, value, fallback)
         frame = np.array([part[0] for part in parts], np.int64).repeat([len(part[1]) for part in parts])
         row, raw = _joined([part[1] for part in parts]), _joined([part[2] for part in parts])
         value = np.concatenate([part[3] for part in parts]) if parts else np.zeros(0)
@@ -259,8 +262,8 @@ def where_(condition: npt.NDArray[np.bool_]) -> IntArray:
 
 def words_of(block: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     """View a block's memory as little-endian 64-bit words that start at every byte."""
-    flat = block.reshape(-1).view(np.uint8)  # a buffer of structs is slow to describe
-    return np.ndarray((max(0, len(flat) - WORD_BYTES + 1),), "<u8", buffer=flat, strides=(1,))
+    flat = block.view(np.uint8)  # a buffer of structs is slow to describe
+    return np.ndarray((max(0, flat.size - WORD_BYTES + 1),), WORD, flat, 0, (1,))
 
 
 def _joined(parts: list[IntArray]) -> IntArray:

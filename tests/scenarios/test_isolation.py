@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from tbox.agent import build_stages
-from tbox.bus.spec import BusCounters
+from tbox.bus.spec import BusCounters, Pace
 from tbox.bus.writer import BusWriter, NotAllowed
 from tbox.config import BusConfig, Config, VehicleConfig
 from tbox.edge.isolation import IsolationSettings
@@ -33,7 +33,7 @@ SECONDS = 180  # the heater sticks for 15 s; the alarm clears a minute after the
 class Wire:
     """What a BusWriter writes to: the simulated BMS at the other end of the bus."""
 
-    name, channel, hurried = "wire", 0, False
+    name, channel, pace = "wire", 0, Pace.USUAL
 
     def __init__(self, simulator: Simulator) -> None:
         self.simulator = simulator
