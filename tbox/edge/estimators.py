@@ -1,8 +1,9 @@
 """Own estimates of state of charge and health, held against the BMS's. Never replaces the BMS's figures.
 
-SOC: coulomb counting, corrected by the open-circuit voltage (OCV) whenever the pack rests. The correction is
-a scalar Kalman update whose noise is what the voltage can tell there: large while the cells still relax, and
-large on the flat plateau of LFP, where a voltage says next to nothing (the sigma then stays wide, honestly).
+SOC: coulomb counting, corrected by the open-circuit voltage (OCV) whenever the pack rests. What was believed
+when the rest began is weighed against its best look at the voltage, over the whole curve (Bayes): on LFP's
+plateau a voltage says next to nothing, and beside a knee it says more to one side (the sigma then stays wide,
+honestly).
 SOH: a scalar Kalman filter on the capacity, fed with the charge that flowed between two long rests and the
 SOC their voltages differ by.
 Current is positive into the battery; SOC and SOH in percent.
@@ -49,6 +50,7 @@ CORRECT_EVERY_NS = NS_PER_S
 GAP_NS_MAX = 5 * NS_PER_S  # a longer silence: what flowed in it is unknown
 GAP_POINTS_PER_S = 100 * 0.02 / 3600  # the SOC sigma it adds: 0.02 C
 SOC_SIGMA_MIN, SOC_SIGMA_MAX = 0.3, 30.0  # points
+SOC_GRID = np.linspace(0.0, 100.0, 1001)  # finer than the least sigma
 
 ANCHOR_REST_NS = 300 * NS_PER_S
 ANCHOR_SIGMA_MAX = 1.5  # points
@@ -86,6 +88,19 @@ class OcvCurve:
     def __init__(self, points: tuple[tuple[float, float], ...]) -> None:
         table = np.array(points, dtype=np.float64)
         self._percent, self._v = table[:, 0], table[:, 1]
+        self._grid_v = np.interp(SOC_GRID, self._percent, self._v)
+
+    def weigh(self, volts: float, sigma_v: float, percent: float, sigma: float) -> tuple[float, float]:
+        """Return SOC and its sigma, of a belief (percent, sigma) that learns of a voltage at rest.
+
+        The likeliest SOC, not the mean: beside a knee most of what fits lies out on the plateau, and a belief
+        that was right would be led there.
+        """
+        doubt = ((self._grid_v - volts) / sigma_v) ** 2 + ((SOC_GRID - percent) / sigma) ** 2
+        weight = np.exp((doubt.min() - doubt) / 2)
+        weight /= weight.sum()
+        likeliest = float(SOC_GRID[doubt.argmin()])
+        return likeliest, max(math.sqrt(float(weight @ (SOC_GRID - likeliest) ** 2)), SOC_SIGMA_MIN)
 
     def percent(self, volts: float, sigma_v: float) -> tuple[float, float]:
         """Return SOC and its sigma, from where the curve lies two sigmas to either side of the voltage."""
@@ -104,7 +119,9 @@ class SocFilter:
         self._current_a = 0.0
         self._polarised_a = 0.0  # the current, as slow as the relaxation
         self._past_a = UNKNOWN_PAST_C * capacity_ah  # what of it is not known; decays
-        self._used = 0.0  # information (1 / points²) this rest has given already
+        self._before: tuple[float, float] | None = None  # percent and sigma believed before this rest's looks
+        self._moved = 0.0  # points counted since
+        self._best_v = math.inf  # sigma of this rest's best look
         self.rest_since_ns: int | None = None
         self.ocv: tuple[float, float] | None = None  # SOC the voltage tells at this rest, and its sigma
 
@@ -113,7 +130,7 @@ class SocFilter:
         before_ns, self._t_ns = self._t_ns, mono_ns
         before_a, self._current_a = self._current_a, current_a
         if abs(current_a) > REST_C * self.capacity_ah:
-            self.rest_since_ns, self.ocv, self._used = None, None, 0.0
+            self.rest_since_ns, self.ocv, self._before = None, None, None
         elif self.rest_since_ns is None:
             self.rest_since_ns = mono_ns
         if before_ns is None:
@@ -130,6 +147,7 @@ class SocFilter:
         ah = mean_a * dt_s / 3600
         moved = 100 * ah / self.capacity_ah
         self.percent = min(max(self.percent + moved, 0.0), 100.0)
+        self._moved += moved
         self._widen(CURRENT_GAIN_ERROR * abs(moved))
         return ah
 
@@ -137,7 +155,7 @@ class SocFilter:
         self.sigma = min(self.sigma + points, SOC_SIGMA_MAX)
 
     def look(self, cell_v: float) -> None:
-        """Correct by the mean cell's voltage, if the pack rests; each rest tells its news only once."""
+        """Correct by the mean cell's voltage, if the pack rests; of each rest its best look counts."""
         if self.rest_since_ns is None:
             return
         per_a = 1 / self.capacity_ah
@@ -145,17 +163,18 @@ class SocFilter:
         polarised = POLARISATION_V_PER_C * self._polarised_a * per_a
         unknown = POLARISATION_V_PER_C * self._past_a * per_a
         sigma_v = math.hypot(MODEL_ERROR * (abs(ohmic) + abs(polarised)) + unknown, VOLT_NOISE_V)
-        told, sigma = self._curve.percent(cell_v - ohmic - polarised, math.hypot(sigma_v, OCV_ERROR_V))
-        self.ocv = told, sigma
-        news = 1 / sigma**2 - self._used
-        if news <= 0:
+        rest_v = cell_v - ohmic - polarised
+        look_v = math.hypot(sigma_v, OCV_ERROR_V)
+        self.ocv = self._curve.percent(rest_v, look_v)
+        if self._before is None:
+            self._before, self._moved, self._best_v = (self.percent, self.sigma), 0.0, math.inf
+        if look_v >= self._best_v:
             return
-        self._used += news
-        floor = self._curve.percent(cell_v - ohmic - polarised, OCV_ERROR_V)[1]
-        variance = self.sigma**2
-        gain = variance / (variance + 1 / news)
-        self.percent = min(max(self.percent + gain * (told - self.percent), 0.0), 100.0)
-        self.sigma = max(math.sqrt((1 - gain) * variance), min(floor, self.sigma))
+        self._best_v = look_v
+        percent, sigma = self._before
+        floor = self._curve.percent(rest_v, OCV_ERROR_V)[1]
+        self.percent, self.sigma = self._curve.weigh(rest_v, look_v, percent + self._moved, sigma)
+        self.sigma = max(self.sigma, min(floor, sigma))
 
 
 class SohFilter:

@@ -367,7 +367,8 @@ class _SocLoss:
             return None
         self._highest = soc, now.mono_ns
         return {
-            "event": "soc_drop", "from_percent": highest, "to_percent": soc, "over_s": _rounded(over_s, 1),
+            "event": "soc_drop", "from_percent": _rounded(highest, 2), "to_percent": _rounded(soc, 2),
+            "over_s": _rounded(over_s, 1),
         }  # fmt: skip
 
 

@@ -222,7 +222,7 @@ def test_a_probe_that_stands_still_while_the_pack_warms_is_told_of_once() -> Non
     ]
 
 
-@pytest.mark.parametrize(("mean_v", "told"), [(3.80, True), (3.40, False)])
+@pytest.mark.parametrize(("mean_v", "told"), [(3.80, True), (3.38, False)])
 @pytest.mark.parametrize(
     ("rule", "fault"),
     [("imbalance", -0.2), ("imbalance-rest", -0.14), ("imbalance-sigma", 0.07), ("cell-drift", -0.05)],

@@ -126,6 +126,16 @@ def test_on_the_lfp_plateau_a_voltage_tells_little_and_the_sigma_says_so() -> No
     assert abs(low.error()) < 1.0, "at the foot of the curve it tells a lot"
 
 
+@pytest.mark.parametrize("soc", [30.0, 65.0, 85.0, 93.0])
+@pytest.mark.parametrize("seconds", [5, 15, 60, 600])
+def test_a_look_at_the_flat_curve_never_spoils_what_was_known(soc: float, seconds: int) -> None:
+    """Beside a knee the volts that fit lie mostly on the plateau: their middle is no measurement."""
+    for off in (0.0, -8.0):
+        bench = Bench("LFP", soc=soc)
+        bench.hold(seconds, 0.0, soc=soc + off)
+        assert abs(bench.error()) < abs(off) + 0.5, off
+
+
 def test_a_long_charge_under_load_is_counted_and_trusted_less() -> None:
     bench = Bench(soc=20.0)
     bench.hold(600, 0.0, soc=20.0)

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import msgspec
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,7 +38,7 @@ class Outcome:
 
 
 @pytest.fixture
-def tbox(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def tbox(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Any]:
     def run(*args: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["tbox", *args])
         code = 0
@@ -47,7 +48,8 @@ def tbox(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
             code = int(stop.code or 0)
         return Outcome(code, *capsys.readouterr())
 
-    return run
+    yield run
+    structlog.reset_defaults()  # `main` bound the log to this test's stderr, which is closed for the next
 
 
 def save(path: Path, records: list[Record]) -> str:
