@@ -325,6 +325,7 @@ class Updates:
             loader_decides=backend.counts_tries,
             boot_note=environment.get("TBOX_BOOT_NOTE", ""),
             boot_id=backend.boot_id(),
+            kind=backend.kind,
         )  # fmt: skip
         engine = Engine(config.ota, identity, control, load_journal(journal))
         self._device = OtaDevice(engine, ctl, slots, journal, backend, self._ports, tries=config.ota.tries)

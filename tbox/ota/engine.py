@@ -18,7 +18,7 @@ from tbox.errors import Refused
 from tbox.model import NS_PER_S, Draft, Level, Now
 from tbox.ota import boot, policy
 from tbox.ota.boot import BootControl, SlotName, SlotState, other_slot
-from tbox.ota.model import Delta, Full, Offer, RollbackOrder, Sha256, VerifiedTarget
+from tbox.ota.model import Delta, Full, ImageKind, Offer, RollbackOrder, Sha256, VerifiedTarget
 from tbox.ota.policy import OtaSettings, Vitals
 from tbox.ota.trial import Proof, TrialJudge, Verdict
 
@@ -231,6 +231,7 @@ class Device(NamedTuple):
     loader_decides: the boot loader reads boot control and counts tries itself, as `tbox boot` does.
     boot_note: why it did not start the slot that boot control prefers, "" if it did.
     boot_id: the machine's boot, where one may see several starts of the agent; "" where it cannot.
+    kind: of images that the boot loader starts.
     """
 
     vehicle: str
@@ -240,6 +241,7 @@ class Device(NamedTuple):
     loader_decides: bool = True
     boot_note: str = ""
     boot_id: str = ""
+    kind: ImageKind = "app"
 
 
 def resume_state(
@@ -457,10 +459,12 @@ class Engine:
         return self._consider(offer.target)
 
     def _consider(self, target: VerifiedTarget) -> None:
-        running = self._device.running
+        device, running = self._device, self._device.running
         if target.sha256 == self.control.slot(running).sha256:
             return self._move(Event.NOTHING, f"{target.version} runs already")
-        reason = policy.not_admitted(target, self.control, running, self._settings, self._device.missing)
+        reason = policy.not_admitted(
+            target, self.control, running, self._settings, device.missing, device.kind
+        )
         attempts = self.journal.attempt(target.sha256).count
         if not reason and attempts >= self._settings.attempts_max:
             reason = f"given up after {attempts} attempts"

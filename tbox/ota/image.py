@@ -280,6 +280,16 @@ class _Forward:
         return self._sha256.hexdigest() if self._at == self._length else ""
 
 
+def check(read_at: ReadAt, length: int) -> ImageHeader:
+    """Return the header of an image that `unpack` would take. Raises ImageError for the first thing it
+    would not."""
+    found = members(read_at, length)
+    header = _header(read_at, next(found, None))
+    for _ in found:
+        pass
+    return header
+
+
 def unpack(read_at: ReadAt, length: int, destination: Path, sha256: str) -> ImageHeader:
     """Unpack the image of this digest into a directory that this call makes. Raises ImageError, OSError.
 

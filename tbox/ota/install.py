@@ -1,7 +1,8 @@
 """Writes an image into the slot that does not run, in the one order that survives a cut. Chooses no image.
 
-The order is `STEPS`: unbootable first, then bytes, sync, read back from the medium, the signed metadata,
-tries. Making the slot active is a later decision of the engine (`boot.activate`), and always the last write.
+The order is `STEPS`: unbootable first, then bytes, sync, read back from the medium, what an archive holds,
+the signed metadata, tries. Making the slot active is a later decision of the engine (`boot.activate`), and
+always the last write.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tbox.errors import Refused
-from tbox.ota import boot
+from tbox.ota import boot, image
 from tbox.ota.boot import BootControl, SlotName
 from tbox.ota.bootctl import BootCtl
 from tbox.ota.model import VerifiedTarget
@@ -87,6 +88,12 @@ def read_back(job: Job) -> None:
         )
 
 
+def check_archive(job: Job) -> None:
+    """Refuse now what the boot loader would refuse to unpack: it is signed, and may be hostile still."""
+    if job.target.kind == "app":
+        image.check(lambda offset, length: job.slots.read_at(job.name, offset, length), job.target.length)
+
+
 def store_manifest(job: Job) -> None:
     job.manifest_sha256 = job.slots.put_manifest(job.name, job.manifest)
 
@@ -96,7 +103,15 @@ def seal(job: Job) -> None:
 
 
 Step = Callable[[Job], None]
-STEPS: tuple[Step, ...] = (mark_unbootable, write_image, sync_image, read_back, store_manifest, seal)
+STEPS: tuple[Step, ...] = (
+    mark_unbootable,
+    write_image,
+    sync_image,
+    read_back,
+    check_archive,
+    store_manifest,
+    seal,
+)
 
 
 def install(job: Job, steps: Sequence[Step] = STEPS) -> BootControl:

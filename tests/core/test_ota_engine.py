@@ -37,7 +37,7 @@ class Rig:
         slot: boot.SlotName = "a",
         **device: Any,
     ) -> None:
-        own = e.Device("vehicle", b"key", slot, lambda requires: "", **device)
+        own = e.Device("vehicle", b"key", slot, lambda requires: "", kind="raw", **device)
         self.engine = Engine(SETTINGS, own, control, journal or Journal())
         self.offer: Offer | None = Offer(target=NEW, manifest=b"m")
         self.vitals, self.proof = PARKED, HEALTHY
