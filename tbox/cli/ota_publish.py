@@ -96,7 +96,10 @@ def _export_public(uri: str, names: tuple[str, ...], directory: Path) -> None:
 @click.option("--targets", multiple=True, type=click.Path(path_type=Path), help="As --root, for targets.")
 @click.option("--online", multiple=True, type=click.Path(path_type=Path), help="For the keys at the server.")
 @click.option("--revoke", multiple=True, help="Take this key id away from every role; repeatable.")
-@click.option("--threshold", type=click.IntRange(1, 64), help="Signatures that root and targets take.")
+@click.option("--threshold", type=click.IntRange(1, 64), help="Signatures of root and targets; 3 at first.")
+@click.option(
+    "--weaker-than-3-of-5", "weaker", is_flag=True, help="Let fewer people sign root and targets: a toy's."
+)
 @click.option("--renew", multiple=True, type=click.Choice(["root", "targets"]), help="Before it expires.")
 @key_places
 def rotate(
@@ -106,12 +109,14 @@ def rotate(
     online: tuple[Path, ...],
     revoke: tuple[str, ...],
     threshold: int | None,
+    weaker: bool,
     renew: tuple[str, ...],
     keys: tuple[str, ...],
 ) -> None:
     """Stage a root with other keys, or the same for longer; the first one makes the repository.
 
-    What is staged must be signed with `tbox ota sign` by enough of the old keys and of the new ones.
+    Root and targets take 3 of at least 5 keys. What is staged must be signed with `tbox ota sign` by enough
+    of the old keys and of the new ones.
     """
     from tbox.ota.keys import read_public
 
@@ -121,7 +126,7 @@ def rotate(
     changes = _changes(publisher, offline, online, set(revoke), threshold, read_public)
     if not changes and not renew:
         raise click.UsageError("nothing changes: give keys to add, --revoke or --renew")
-    staged = [*publisher.rotate(changes), *map(publisher.renew, renew)]
+    staged = [*publisher.rotate(changes, weaker=weaker), *map(publisher.renew, renew)]
     for path in dict.fromkeys(staged):
         _sign_and_say(publisher, path, keys)
 

@@ -31,6 +31,7 @@ from tuf.api.metadata import (
 )
 
 from tbox.errors import Refused, TboxError
+from tbox.ota import image as archive
 from tbox.ota import metadata as core
 from tbox.ota import releases, workflow
 from tbox.ota.keys import Signer
@@ -41,6 +42,9 @@ from tbox.ota.rollout import Progress, notice_with
 from tbox.ota.trust import target_url_path
 
 DAYS_VALID: Mapping[str, int] = {ROOT: 365, TARGETS: 180, SNAPSHOT: 30, TIMESTAMP: 7, ROLLOUT_ROLE: 30}
+# Root and targets: no two thieves are enough, and no two lost keys are the end (FACTS, Updates).
+OFFLINE_ROLES = (ROOT, TARGETS)
+SIGNATURES_MIN, KEYS_MIN = 3, 5
 DELTA_BASES = 3  # releases back that get a delta
 DELTA_WORTH = 0.9  # a delta that is not at least this much smaller than the full image is left out
 ZSTD_LEVEL = 19
@@ -119,7 +123,10 @@ def _write(path: Path, data: bytes) -> None:
 
 
 class KeyChange(NamedTuple):
-    """What becomes of a role's keys: those named are added, those in `revoke` (ids) taken away."""
+    """What becomes of a role's keys: those named are added, those in `revoke` (ids) taken away.
+
+    threshold None: as it was; for the first keys of root and targets SIGNATURES_MIN, for others one.
+    """
 
     role: str
     add: Sequence[Key] = ()
@@ -201,8 +208,11 @@ class Publisher:
         roles = above.signed.delegations.roles if above.signed.delegations else {}
         return set(roles[role].keyids) if role in roles else set()
 
-    def rotate(self, changes: Sequence[KeyChange]) -> list[Path]:
-        """Stage a root, and targets for the rollout role, with changed keys; return what must be signed."""
+    def rotate(self, changes: Sequence[KeyChange], *, weaker: bool = False) -> list[Path]:
+        """Stage a root, and targets for the rollout role, with changed keys; return what must be signed.
+
+        Raises Refused when root or targets would take less than 3 of 5 keys, unless `weaker` is wanted.
+        """
         paths = []
         top = [change for change in changes if change.role != ROLLOUT_ROLE]
         if top:
@@ -210,6 +220,8 @@ class Publisher:
             root = current.signed if current else Root()
             for change in top:
                 _change_keys(root, change)
+                if change.role in OFFLINE_ROLES and not weaker:
+                    _check_strength(root, change.role)
             paths.append(self._stage(ROOT, root))
         for change in changes:
             if change.role == ROLLOUT_ROLE:
@@ -265,6 +277,8 @@ class Publisher:
         take off the list, an emergency takes off all that is above it. Raises Refused, OSError.
         """
         data = image.read_bytes()
+        if draft.kind == "app":
+            archive.check(lambda offset, length: data[offset : offset + length], len(data))
         targets = self._targets()
         listed = self.releases()
         self._check_counter(draft, listed, delist)
@@ -455,17 +469,29 @@ class Publisher:
 
 
 def _change_keys(root: Root, change: KeyChange) -> None:
+    role = root.roles[change.role]
+    first = SIGNATURES_MIN if change.role in OFFLINE_ROLES and not role.keyids else None
     for keyid in change.revoke:
         root.revoke_key(keyid, change.role)
     for key in change.add:
         root.add_key(key, change.role)
-    role = root.roles[change.role]
-    role.threshold = change.threshold or role.threshold
+    role.threshold = change.threshold or first or role.threshold
     if len(role.keyids) < role.threshold:
         raise Refused(
             f"{len(role.keyids)} keys cannot reach a threshold of {role.threshold}",
             where=change.role,
             mend="add keys or lower --threshold",
+        )
+
+
+def _check_strength(root: Root, role: str) -> None:
+    authority = authority_of(root, role)
+    keys = len(authority.prints())  # one key counts once, whatever its ids
+    if authority.threshold < SIGNATURES_MIN or keys < KEYS_MIN:
+        raise Refused(
+            f"{authority.threshold} of {keys} keys would do, {SIGNATURES_MIN} of {KEYS_MIN} should",
+            where=role,
+            mend=f"give more public keys with --{role}, or mean it with --weaker-than-3-of-5",
         )
 
 

@@ -38,7 +38,7 @@ def draft(version: str, counter: int, **changes: object) -> VerifiedTarget:
     values: dict[str, object] = {
         "name": name,
         "version": version,
-        "kind": "app",
+        "kind": "raw",
         "length": 0,
         "sha256": "0" * 64,
         "security_counter": counter,
