@@ -147,7 +147,7 @@ def test_the_base_is_read_to_its_last_byte_and_not_one_further() -> None:
 
 def test_nothing_is_yielded_beyond_the_signed_length_by_a_bomb() -> None:
     made = 0
-    with pytest.raises(PatchError):
+    with pytest.raises(PatchError, match="left over in the extra"):
         for block in blocks(b"base!", FORGED["expands a thousand times"][0], 4):
             made += len(block)
     assert made <= 4
