@@ -185,7 +185,12 @@ def _release_options(command: Command) -> Command:
         click.option("--hardware", multiple=True, help="Hardware id it is for; repeatable."),
         click.option("--kind", type=click.Choice(["app", "raw"]), default="app", show_default=True),
         click.option("--name", help="Folder of the files; read from an app image when not given."),
-        click.option("--percent", type=click.FloatRange(0, 100), default=100.0, show_default=True),
+        click.option(
+            "--percent", type=click.FloatRange(0, 100), default=100.0, help="Never to more of them."
+        ),
+        click.option(
+            "--everyone", is_flag=True, help="To all vehicles at once, without a rollout's cohorts."
+        ),
         click.option("--deltas", type=click.IntRange(0, 16), default=3, show_default=True),
         click.option("--requires", multiple=True, help='What the device must carry, as "numpy>=2,<3".'),
         click.option("--notes", default="", help="What the user is told."),
@@ -221,10 +226,22 @@ def publish(repository: Path, image: Path | None, keys: tuple[str, ...], **optio
         )
         sizes = ", ".join(f"{delta.length:,} bytes from {delta.base_sha256[:12]}" for delta in release.deltas)
         click.echo(f"{release.version}: {release.full.length:,} bytes whole; deltas: {sizes or 'none'}")
+        if not options["everyone"]:
+            _begin_rollout(publisher, release.sha256)
         _sign_and_say(publisher, path, keys)
         return
     for role, version in publisher.publish(_signers(keys)).items():
         click.echo(f"published {role} version {version}")
+
+
+def _begin_rollout(publisher: Publisher, sha256: str) -> None:
+    """Let the release come to the first cohort only, where there is a role that can say so."""
+    from tbox.ota.releases import ROLLOUT_ROLE
+
+    progress = publisher.rollout(sha256, time.time())
+    if publisher.key_ids(ROLLOUT_ROLE) and publisher.stage_notice(progress):
+        percent = progress.basis_points / 100
+        click.echo(f"it comes to {percent:g} % of the fleet; widen that with `tbox ota rollout`")
 
 
 def _draft(image: Path, options: dict[str, Any]) -> Any:
@@ -294,8 +311,10 @@ def _preconditions(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
 def serve(repository: Path, host: str, port: int) -> None:
     """Serve a repository over HTTP with ranges, for tests and the bench."""
-    from tbox.ota.serve import server
+    from tbox.ota.serve import PUBLIC, server
 
+    if not all((repository / part).is_dir() for part in PUBLIC):
+        raise TboxError("no repository here", where=str(repository), mend="make one with `tbox ota rotate`")
     try:
         http = server(repository, host, port)
     except OSError as error:
@@ -326,6 +345,7 @@ def rollout(
     """
     from tbox import toml
     from tbox.ota import rollout as core
+    from tbox.ota.releases import ROLLOUT_ROLE
 
     publisher = _publisher(repository)
     limits = toml.load(str(settings), core.RolloutSettings) if settings else core.RolloutSettings()
@@ -343,7 +363,7 @@ def rollout(
         f"{counted.tried} vehicles tried it, {counted.good} found it good, {counted.failed} gave it up"
     )
     if publisher.save_rollout(decision.progress):
-        publisher.publish(_signers(keys))
+        publisher.publish(_signers(keys), [ROLLOUT_ROLE])  # a release half signed must not hold up a halt
         click.echo(f"published: {decision.progress.basis_points / 100:g} % of the fleet")
     if decision.progress.halted:
         raise Refused(

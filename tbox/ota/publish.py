@@ -361,27 +361,32 @@ class Publisher:
             raise TboxError(f"not a rollout's progress: {error}", where=str(path)) from None
 
     def save_rollout(self, progress: Progress) -> bool:
-        """Keep the progress and stage the notice it makes; False when the notice says so already."""
+        """Keep the progress and stage the notice it makes; False when what is public says so already."""
         directory = self.directory / "rollout"
         directory.mkdir(exist_ok=True)
         _write(directory / f"{progress.sha256}.json", msgspec.json.encode(progress))
+        return self.stage_notice(progress)
+
+    def stage_notice(self, progress: Progress) -> bool:
+        """Stage the notice this makes; False when nothing of the rollout role waits to become public."""
         before = self.notice()
         after = notice_with(before, progress)
-        if after == before:
-            return False
-        self.notify(after)
-        return True
+        if after != before:
+            self.notify(after)
+        return self._staged_path(ROLLOUT_ROLE).exists()
 
     # --- making it public ------------------------------------------------------------------------
 
-    def standing(self, role: str) -> list[Standing]:
-        """Return how far a staged role is signed, by each authority that it needs."""
+    def standing(self, role: str, above: Root | Targets | None = None) -> list[Standing]:
+        """Return how far a staged role is signed, by each authority that it needs.
+
+        above: what says who must; as staged when not given.
+        """
         staged = self._current(role)
         assert staged is not None
-        if role == ROLLOUT_ROLE:
-            needs = {role: authority_of(self._targets(), role)}
-        else:
-            needs = {role: authority_of(self.root(), role)}
+        needs = {
+            role: authority_of(above or (self._targets() if role == ROLLOUT_ROLE else self.root()), role)
+        }
         published = self._published(ROOT)
         if role == ROOT and published is not None:
             needs["the root before"] = authority_of(published.signed, ROOT)
@@ -391,19 +396,24 @@ class Publisher:
             for whose, authority in needs.items()
         ]  # fmt: skip
 
-    def publish(self, signers: Sequence[Signer]) -> dict[str, int]:
-        """Make what is staged public, with a new snapshot and timestamp; return the new versions.
+    def publish(
+        self, signers: Sequence[Signer], roles: Sequence[str] = (ROOT, TARGETS, ROLLOUT_ROLE)
+    ) -> dict[str, int]:
+        """Make what is staged of these roles public, with a new snapshot and timestamp; return the versions.
 
         signers: the online keys. Raises Refused when a staged file lacks signatures, or a device would refuse
         the result; nothing has become public then.
         """
         fresh: dict[str, bytes] = {}
-        for role in (ROOT, TARGETS, ROLLOUT_ROLE):
+        for role in roles:
+            targets = self._next(TARGETS, fresh) if role == ROLLOUT_ROLE else None
+            if targets is not None:
+                self._renew_notice(targets)
             path = self._staged_path(role)
             if path.exists():
-                if role == ROLLOUT_ROLE:
-                    sign(path, _holding(signers, authority_of(self._targets(), role)))
-                self._check_standing(role)
+                if targets is not None:
+                    sign(path, _holding(signers, authority_of(targets, role)))
+                self._check_standing(role, targets)
                 fresh[role] = path.read_bytes()
         self._name_and_sign(fresh, signers)
         self._rehearse(fresh)
@@ -415,8 +425,26 @@ class Publisher:
             self._staged_path(role).unlink(missing_ok=True)
         return {role: Metadata.from_bytes(raw).signed.version for role, raw in fresh.items()}
 
-    def _check_standing(self, role: str) -> None:
-        for standing in self.standing(role):
+    def _renew_notice(self, targets: Targets) -> None:
+        """Stage the public notice anew where its signer counts no more, or half of its days are over."""
+        public = self._published(ROLLOUT_ROLE)
+        if public is None or self._staged_path(ROLLOUT_ROLE).exists():
+            return
+        authority = authority_of(targets, ROLLOUT_ROLE)
+        signed = authority.count(core.parse(Targets, ROLLOUT_ROLE, public.to_bytes()))
+        half = timedelta(days=DAYS_VALID[ROLLOUT_ROLE] / 2)
+        if signed < authority.threshold or public.signed.expires - self._now < half:
+            self._stage(ROLLOUT_ROLE, public.signed)
+
+    def _next(self, role: str, fresh: Mapping[str, bytes]) -> Any:
+        """Return what a role will say once `fresh` is public. Raises Refused when there is none."""
+        found = Metadata.from_bytes(fresh[role]) if role in fresh else self._published(role)
+        if found is None:
+            raise Refused(f"no {role} to publish", where=str(self.staged), mend="stage and sign it first")
+        return found.signed
+
+    def _check_standing(self, role: str, above: Root | Targets | None = None) -> None:
+        for standing in self.standing(role, above):
             if not standing.enough:
                 raise Refused(
                     f"signed by {standing.signed} of the {standing.threshold} keys of {standing.whose}",
@@ -432,20 +460,19 @@ class Publisher:
             if role in fresh:
                 version = Metadata.from_bytes(fresh[role]).signed.version
                 snapshot.meta[f"{role}.json"] = MetaFile.from_data(version, fresh[role], ["sha256"])
-        if published is None and TARGETS not in fresh:
-            raise Refused("no targets to publish", where=str(self.staged), mend="stage a release first")
-        fresh[SNAPSHOT] = self._sign_online(SNAPSHOT, snapshot, signers)
+        root = self._next(ROOT, fresh)
+        fresh[SNAPSHOT] = self._sign_online(SNAPSHOT, snapshot, root, signers)
         before = self._published(TIMESTAMP)
         timestamp = before.signed if before else Timestamp()
         timestamp.snapshot_meta = MetaFile.from_data(snapshot.version, fresh[SNAPSHOT], ["sha256"])
-        fresh[TIMESTAMP] = self._sign_online(TIMESTAMP, timestamp, signers)
+        fresh[TIMESTAMP] = self._sign_online(TIMESTAMP, timestamp, root, signers)
 
-    def _sign_online(self, role: str, signed: Any, signers: Sequence[Signer]) -> bytes:
+    def _sign_online(self, role: str, signed: Any, root: Root, signers: Sequence[Signer]) -> bytes:
         published = self._published(role)
         signed.version = published.signed.version + 1 if published else 1
         signed.expires = self._now + timedelta(days=DAYS_VALID[role])
         metadata = Metadata(signed)
-        for signer in _holding(signers, authority_of(self.root(), role)):
+        for signer in _holding(signers, authority_of(root, role)):
             metadata.sign(signer, append=True)
         return metadata.to_bytes()
 

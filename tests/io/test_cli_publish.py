@@ -19,6 +19,7 @@ from tbox.errors import Refused, TboxError
 from tbox.model import Now
 from tbox.ota import image as app_image
 from tbox.ota.audit import KEY_NAME, AuditLog, open_key
+from tests.daemon import tbox
 
 ROLES = ("root", "targets")
 
@@ -216,6 +217,58 @@ def test_a_rollout_advances_halts_and_resumes(publisher: Publisher, tmp_path: Pa
     assert b"leave_sha256" not in newest(publisher, "rollout")
 
 
+def test_a_release_begins_in_the_first_cohort_unless_it_is_for_everyone(publisher: Publisher) -> None:
+    said = publisher.stages(b"image", "1", 1)
+    assert "it comes to 1 % of the fleet; widen that with `tbox ota rollout`" in said
+    publisher.signs("targets", "targets-1", "targets-2", "targets-4")
+    assert "published rollout version 2" in publisher.goes_public()
+    first = hashlib.sha256(b"image").hexdigest()
+    assert points(publisher) == {first: 100}
+    assert "of the fleet" not in publisher.stages(b"for all", "2", 2, "--everyone")
+    publisher.signs("targets", "targets-1", "targets-2", "targets-4")
+    assert "rollout" not in publisher.goes_public()
+    assert points(publisher) == {first: 100}
+
+
+def points(publisher: Publisher) -> dict[str, int]:
+    found: dict[str, int] = json.loads(newest(publisher, "rollout"))["signed"]["tbox"]["basis_points"]
+    return found
+
+
+def test_a_halt_becomes_public_whatever_else_is_half_signed_and_after_a_failure(
+    publisher: Publisher, tmp_path: Path
+) -> None:
+    publisher.stages(b"image", "1", 1)
+    publisher.signs("targets", "targets-1", "targets-2", "targets-4")
+    publisher.goes_public()
+    publisher.stages(b"next", "2", 2, "--key", publisher.key("targets-1"))
+    publisher.types("keys", "online-2", "--dir", str(Path(publisher.key("online")).parent))
+    old = json.loads(Path(publisher.key("online", "pub")).read_bytes())["keyid"]
+    publisher.types(
+        "rotate", publisher.repository, "--online", publisher.key("online-2", "pub"), "--revoke", old
+    )
+    sha256 = hashlib.sha256(b"image").hexdigest()
+    words = [
+        "rollout",
+        publisher.repository,
+        "--version",
+        "1",
+        "--reports",
+        reports(tmp_path, sha256, 3, 100),
+    ]
+    with pytest.raises(Refused, match="signed by 0 of the 1 keys of rollout"):
+        publisher.types(*words, "--key", publisher.key("root-1"))
+    assert b"leave_sha256" not in newest(publisher, "rollout")
+    with pytest.raises(Refused, match="the rollout is halted"):
+        publisher.types(*words, "--key", publisher.key("online"))
+    assert b'"leave_sha256":"%s"' % sha256.encode() in newest(publisher, "rollout")
+    assert points(publisher)[sha256] == 0
+    for role in ROLES:
+        publisher.signs(role, f"{role}-1", f"{role}-2", f"{role}-4")
+    said = publisher.types("publish", publisher.repository, "--key", publisher.key("online-2"))
+    assert "published targets version 3" in said
+
+
 def newest(publisher: Publisher, role: str) -> bytes:
     files = (Path(publisher.repository) / "metadata").glob(f"*.{role}.json")
     return max(files, key=lambda path: int(path.name.split(".")[0])).read_bytes()
@@ -284,3 +337,21 @@ def test_the_audit_log_is_verified_exported_and_told(tmp_path: Path) -> None:
     Path(exported).write_text(text.splitlines()[0] + "\n")
     with pytest.raises(Refused, match="the log is empty"):
         person.types("audit", exported)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["publish", "{repo}", "nowhere.img", "--counter", "1", "--hardware", "x"],
+        ["publish", "{repo}", "nowhere.img", "--kind", "raw", "--counter", "1", "--hardware", "x",
+         "--version", "1", "--name", "os"],
+        ["keys", "a", "--dir", "/proc/nowhere"],
+        ["rotate", "/proc/nowhere", "--root", "x.pub"],
+        ["rollout", "{repo}", "--version", "1", "--reports", "nowhere", "--key", "x.pem"],
+        ["serve", "nowhere"],
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_one_line_and_exit_2(publisher: Publisher, words: list[str]) -> None:
+    done = tbox("ota", *(word.format(repo=publisher.repository) for word in words), check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("tbox: ")

@@ -305,6 +305,21 @@ def test_a_repository_that_nobody_renews_is_refused_after_a_week(factory: Factor
         source.check(Now(1, later, TimeQuality.NTP))
 
 
+def test_the_rollout_notice_is_renewed_with_the_timestamp_and_does_not_expire(factory: Factory) -> None:
+    released = factory.release(V1, version="1.0", counter=1)
+    notice = Notice(basis_points={released.sha256: 500})
+    factory.publisher.notify(notice)
+    factory.publish()
+    for week in range(1, 10):
+        later = Publisher(factory.publisher.directory, START + timedelta(weeks=week, days=-1))
+        later.publish([read_signer(factory.key("online"))])
+    assert later.notice() == notice
+    now = Now(0, int((START + timedelta(weeks=9)).timestamp()) * NS_PER_S, TimeQuality.NTP)
+    with running(factory.publisher.directory) as base:
+        offer = device(factory, base).check(now)
+    assert offer.target is not None and offer.target.cohort_percent == 5.0
+
+
 def test_nothing_but_metadata_and_targets_is_served(factory: Factory) -> None:
     with running(factory.publisher.directory) as base:
         for path in ("staged/targets.json", "metadata/../staged/x", "keys/root-1.pem", "", "%2e%2e/keys"):
