@@ -356,7 +356,7 @@ def rollout(
     progress = publisher.rollout(release.sha256, now_s)
     if resume and progress.halted:
         progress = core.resume(progress, now_s)
-    counted = core.tally(_outcomes(reports), release.sha256, limits.halt_window_s)
+    counted = core.tally(_outcomes(reports), release.sha256, limits.halt_window_s, progress.from_s)
     decision = core.decide(progress, counted, now_s, limits)
     click.echo(f"{decision.step.value}: {decision.why}")
     click.echo(

@@ -365,7 +365,8 @@ class Engine:
         running = self._device.running
         if self.state is State.ROLLED_BACK:
             failure = self.control.failure(self.journal.switched_to or self.journal.left)
-            self._tell("rolled-back", failure.reason if failure else "", Level.WARNING)
+            self.reason = failure.reason if failure else ""
+            self._tell("rolled-back", self.reason, Level.WARNING)
             self._save(replace(self.journal, switched_to="", left=""))
         elif self.state is State.GOOD:
             self._tell("good", "")
@@ -461,7 +462,9 @@ class Engine:
     def _consider(self, target: VerifiedTarget) -> None:
         device, running = self._device, self._device.running
         if target.sha256 == self.control.slot(running).sha256:
-            return self._move(Event.NOTHING, f"{target.version} runs already")
+            self._move(Event.NOTHING, f"{target.version} runs already")
+            self._offer = None
+            return
         reason = policy.not_admitted(
             target, self.control, running, self._settings, device.missing, device.kind
         )
@@ -475,7 +478,7 @@ class Engine:
             self._move(Event.ALREADY_SEALED)
         else:
             self._move(Event.OFFERED)
-        return None
+        return
 
     def _order(self, offer: Offer) -> RollbackOrder | None:
         """Return a signed order to leave the running image, if the other slot can be gone back to."""

@@ -196,6 +196,7 @@ def test_nothing_new_changes_nothing(offer: Offer | None) -> None:
     rig.offer = offer
     assert rig.run(50) is State.IDLE
     assert rig.of(e.Commit) == [] and len(rig.of(e.Check)) == 1
+    assert rig.engine.status()["offered"] is None
 
 
 def test_a_refusal_is_told_with_its_reason() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,14 +184,14 @@ def test_a_window_that_is_no_span_of_the_day_is_refused(publisher: Publisher, wi
         publisher.stages(b"image", "1", 1, "--window", window)
 
 
-def reports(directory: Path, sha256: str, failed: int, of: int) -> str:
+def reports(directory: Path, sha256: str, failed: int, of: int, at_s: float = 10.0) -> str:
     lines = []
     for n in range(of):
         said = [{"event": "switch", "target": {"sha256": sha256}}]
         said.append(
             {"event": "rolled-back"} if n < failed else {"event": "good", "running": {"sha256": sha256}}
         )
-        lines += [{"vehicle": f"v{n}", "at_s": 10.0 + n, "body": body} for body in said]
+        lines += [{"vehicle": f"v{n}", "at_s": at_s + n, "body": body} for body in said]
     path = directory / "reports.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
@@ -213,7 +214,10 @@ def test_a_rollout_advances_halts_and_resumes(publisher: Publisher, tmp_path: Pa
     assert b"3 of 100 vehicles gave it up within 15 min" in newest(publisher, "rollout")
     with pytest.raises(Refused, match="the rollout is halted"):
         publisher.types(*words, reports(tmp_path, sha256, 0, 100))
-    assert "advance: to 5 %" in publisher.types(*words, reports(tmp_path, sha256, 0, 100), "--resume")
+    # The reports that halted it are still in the file, and are past.
+    assert "wait: 0 vehicles found it good" in publisher.types(*words, halted, "--resume")
+    later_s = time.time() + 60
+    assert "advance: to 5 %" in publisher.types(*words, reports(tmp_path, sha256, 0, 100, later_s))
     assert b"leave_sha256" not in newest(publisher, "rollout")
 
 
