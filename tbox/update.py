@@ -358,7 +358,7 @@ class Updates:
 
     def handle(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Answer a request of the control socket. Raises Refused."""
-        return self._thread.handle(message)
+        return self._thread.handle(message) | {"rxswin": self._ports.rxswin}
 
 
 def open_updates(config: Config, around: Around) -> Updates | None:

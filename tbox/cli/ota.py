@@ -68,6 +68,8 @@ def say(status: dict[str, Any]) -> None:
     running = status.get("running", {})
     where = f" · slot {running.get('slot')} runs {running.get('version')}" if running else ""
     click.echo(f"{status['state']}{where}")
+    if status.get("rxswin"):
+        click.echo(f"software identification (RXSWIN): {status['rxswin']}")
     if status.get("reason"):
         click.echo(f"why: {status['reason']}")
     if status.get("offered"):

@@ -145,6 +145,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def test_a_delta_is_installed_while_driving_switched_to_once_parked_and_proves_itself(bench: Bench) -> None:
     bench.car.start()
     assert bench.car.runs("1.0") and bench.car.ota()["running"]["slot"] == "a"
+    assert bench.car.ota()["rxswin"] == "tbox 1.0"
     drive = bench.drive()
     bench.offer("2.0", 2, MIGRATES)
     held = wait_for("it is held until parked", lambda: bench.told("held", state="ready"))
@@ -159,6 +160,7 @@ def test_a_delta_is_installed_while_driving_switched_to_once_parked_and_proves_i
     state = bench.car.control()
     assert state["slots"]["b"]["state"] == "good" and state["floor"] == 2
     assert bench.car.ota()["running"] | {"sha256": ""} == {"slot": "b", "version": "2.0", "sha256": ""}
+    assert bench.car.ota()["rxswin"] == "tbox 2.0"
 
     bench.stop()
     proof = bench.judge.result()

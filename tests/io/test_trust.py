@@ -559,13 +559,36 @@ def test_a_key_id_twice_among_the_signatures_is_refused(client: Client) -> None:
     assert client.version("snapshot") is None
 
 
-@pytest.mark.parametrize("kind", ["rsa", "rsa-pkcs1v15", "ecdsa", "ed25519"])
+@pytest.mark.parametrize("known", [2, 3])
+def test_a_key_named_and_not_told_counts_for_nothing_and_does_no_harm(client: Client, known: int) -> None:
+    """Three ids for the snapshot, of which the root holds two keys or all three; three must sign."""
+    repository = client.repository
+    client.init()
+    assert client.refresh() == 0
+    repository.add_key("snapshot")
+    last = repository.key()
+    repository.signers["snapshot"].append(last)
+    repository.root.roles["snapshot"].keyids.append(last.public_key.keyid)
+    if known == 3:
+        repository.root.keys[last.public_key.keyid] = last.public_key
+    repository.root.roles["snapshot"].threshold = 3
+    repository.publish("root", "snapshot", "timestamp")
+    assert client.refresh() == (0 if known == 3 else 1)
+    assert known == 3 or "snapshot.json: signed by 2 of the 3 keys" in client.said
+    assert (client.version("root"), client.version("snapshot")) == (2, known - 1)
+
+
+@pytest.mark.filterwarnings("ignore:keytype 'ecdsa-sha2-nistp256' is deprecated")
+@pytest.mark.parametrize("kind", ["rsa", "rsa-pkcs1v15", "ecdsa", "ed25519", "ecdsa, as once named"])
 def test_the_kinds_of_keys_of_the_specification_count_and_only_with_right_signatures(
     client: Client, kind: str
 ) -> None:
     repository = client.repository
     client.init()
-    signer = repository.add_key("root", repository.key(kind))
+    key = repository.key(kind.partition(",")[0])
+    if "once" in kind:
+        key.public_key.keytype = "ecdsa-sha2-nistp256"
+    signer = repository.add_key("root", key)
     repository.root.roles["root"].threshold += 1
     repository.publish("root")
     assert client.refresh() == 0
