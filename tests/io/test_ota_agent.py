@@ -210,6 +210,18 @@ def test_what_must_not_come_in_does_not_and_what_crashes_goes_back(bench: Bench)
     assert bench.car.runs("1.0")
     bench.stop()
     assert bench.judge.result().ok
+    _check_audit(bench)
+
+
+def _check_audit(bench: Bench) -> None:
+    """Hold each decision that was sent against the entry of the audit log that it names."""
+    lines = tbox("ota", "audit", "--json", str(bench.car.directory / "state" / "ota")).stdout.splitlines()
+    entries = {entry["number"]: entry for entry in map(json.loads, lines[:-1])}
+    told = bench.judge.bodies("ota")
+    assert {"switch", "rolled-back", "refused"} <= {body["event"] for body in told}
+    for body in told:
+        entry = entries[body["audit"]["number"]]
+        assert (entry["event"], entry["body"]["reason"]) == (body["event"], body["reason"])
 
 
 def _refused(bench: Bench, why: str) -> bool:

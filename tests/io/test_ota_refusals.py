@@ -267,6 +267,23 @@ def test_a_counter_that_is_lower_than_the_floor(rig: Rig) -> None:
     assert rig.real.ctl.read().b.state is SlotState.EMPTY and rig.ports.restarts == []
 
 
+@pytest.mark.parametrize(("floor_max", "comes"), [(5, True), (4, False)])
+def test_a_signed_emergency_permits_a_downgrade_up_to_its_floor_and_no_further(
+    rig: Rig, floor_max: int, comes: bool
+) -> None:
+    rig.real.ctl.commit(msgspec.structs.replace(rig.real.ctl.read(), floor=5))
+    emergency = {"floor_max": floor_max, "reason": "5 drains the battery"}
+    rig.publish(NEW, codec="identity", security_counter=4, emergency=emergency)
+    told = rig.run()
+    control = rig.real.ctl.read()
+    assert control.floor == 5
+    if comes:
+        assert rig.ports.restarts == [[]] and control.b.state is SlotState.TRIAL and control.b.emergency
+    else:
+        assert told[1] == Told("refused", "security counter 4 is not above 5: a downgrade")
+        assert control.b.state is SlotState.EMPTY
+
+
 def test_a_field_that_nobody_signed(rig: Rig) -> None:
     rig.publish(NEW, codec="identity", security_counter=1)
     served = rig.repository.served["targets"]
