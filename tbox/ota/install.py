@@ -18,6 +18,8 @@ from tbox.ota.model import VerifiedTarget
 from tbox.ota.slots import Slots
 
 WRITE_BLOCK_BYTES = 1 << 20
+# No more is left to the last sync than a slow card takes in seconds: nobody can show life while that lasts.
+UNSYNCED_BYTES_MAX = 32 << 20
 
 
 class InstallError(Refused):
@@ -32,7 +34,8 @@ def _ignore(_done_bytes: int) -> None:
 class Job:
     """One installation. chunks: the image's bytes in order, of any sizes.
 
-    progress is told the bytes written so far and may raise to stop; the slot then stays unbootable.
+    progress is told the bytes written so far, then those read back so far, block by block, and may raise to
+    stop; the slot then stays unbootable.
     """
 
     ctl: BootCtl
@@ -52,7 +55,7 @@ def mark_unbootable(job: Job) -> None:
 
 
 def write_image(job: Job) -> None:
-    written, block = 0, bytearray()
+    written, synced, block = 0, 0, bytearray()
     for chunk in job.chunks:
         if written + len(block) + len(chunk) > job.target.length:
             raise InstallError(
@@ -64,6 +67,9 @@ def write_image(job: Job) -> None:
             del block[: job.block_bytes]
             written += job.block_bytes
             job.progress(written)
+            if written - synced >= UNSYNCED_BYTES_MAX:
+                job.slots.sync(job.name)
+                synced = written
     if block:
         job.slots.write(job.name, written, bytes(block))
         written += len(block)
@@ -79,7 +85,7 @@ def sync_image(job: Job) -> None:
 
 
 def read_back(job: Job) -> None:
-    found = job.slots.digest(job.name, job.target.length)
+    found = job.slots.digest(job.name, job.target.length, job.progress)
     if found != job.target.sha256:
         raise InstallError(
             "what stands on the medium is not the signed image",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Protocol
 
 import msgspec
@@ -76,13 +76,19 @@ class Slots:
             yield block
             offset += len(block)
 
-    def digest(self, name: SlotName, length: int) -> str:
-        """Return the SHA-256 of the first `length` image bytes on the medium, "" when they are not there."""
+    def digest(
+        self, name: SlotName, length: int, progress: Callable[[int], None] = lambda done_bytes: None
+    ) -> str:
+        """Return the SHA-256 of the first `length` image bytes on the medium, "" when they are not there.
+
+        progress is told the bytes read so far.
+        """
         sha256, found = hashlib.sha256(), 0
         try:
             for block in self.blocks(name, length):
                 sha256.update(block)
                 found += len(block)
+                progress(found)
         except FileNotFoundError:
             return ""
         return sha256.hexdigest() if found == length else ""

@@ -18,6 +18,7 @@ from tbox.durable import OsStorage, TwoCopies
 from tbox.errors import Refused, TboxError
 from tbox.model import Draft, Level, Now
 from tbox.ota import boot
+from tbox.ota import install as install_module
 from tbox.ota.boot import SlotState
 from tbox.ota.bootctl import BootCtl
 from tbox.ota.device import JOURNAL_STEM, OtaDevice, image_chunks, load_journal
@@ -80,6 +81,28 @@ def test_an_image_arrives_exactly(real: Real, artifact: Full | Delta, file: byte
     real.install(artifact, file)
     assert (real.fw / "slot_b.img").read_bytes() == NEW
     assert real.ctl.read().b.state is SlotState.SEALED
+
+
+def test_a_big_image_shows_life_while_it_is_written_synced_and_read_back(
+    real: Real, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gigabyte on a slow card takes minutes, and the watchdog waits for less."""
+    monkeypatch.setattr(install_module, "UNSYNCED_BYTES_MAX", 2 << 20)
+    image = RNG.randbytes(5 << 20)
+    target = target_of(image, 2)
+    steps: list[str] = []
+    sync = real.storage.fsync
+
+    def noted(path: str) -> None:
+        if path.endswith("slot_b.img"):
+            steps.append("sync")
+        sync(path)
+
+    monkeypatch.setattr(real.storage, "fsync", noted)
+    job = Job(real.ctl, real.slots, "b", target, manifest_of(target), [image])
+    job.progress = lambda done_bytes: steps.append(str(done_bytes >> 20))
+    install(job)
+    assert steps == ["1", "2", "sync", "3", "4", "sync", "5", "sync", "1", "2", "3", "4", "5"]
 
 
 # name -> the file, and the reason it is refused for
