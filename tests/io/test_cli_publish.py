@@ -343,6 +343,7 @@ def test_the_audit_log_is_verified_exported_and_told(tmp_path: Path) -> None:
         person.types("audit", exported)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

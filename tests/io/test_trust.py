@@ -662,7 +662,7 @@ def test_roots_follow_one_another_only_with_both_thresholds(client: Client, case
     assert (client.metadata / "root.json").read_bytes() == expected
 
 
-@pytest.mark.parametrize("many", [30, ROOT_ROTATIONS_MAX])
+@pytest.mark.parametrize("many", [30, pytest.param(ROOT_ROTATIONS_MAX, marks=pytest.mark.slow)])
 def test_a_long_chain_of_roots_is_followed_and_kept(client: Client, many: int) -> None:
     """Every key of every role but one is replaced by every root, as after many years."""
     _rotated(client.repository, many)
@@ -674,6 +674,7 @@ def test_a_long_chain_of_roots_is_followed_and_kept(client: Client, many: int) -
     assert client.repository.asked == [("root", many + 2), ("timestamp", None)]
 
 
+@pytest.mark.slow
 def test_a_chain_of_roots_without_an_end_is_refused(client: Client) -> None:
     _rotated(client.repository, ROOT_ROTATIONS_MAX + 1)
     client.init()
