@@ -288,9 +288,9 @@ class Reached(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sha256: of the first `offset` bytes, which are hashed again before anything is added to them.
     """
 
-    wanted: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    wanted: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     offset: Annotated[int, Meta(ge=0)] = 0
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] = hashlib.sha256().hexdigest()
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] = hashlib.sha256().hexdigest()
     etag: Annotated[str, Meta(max_length=ETAG_CHARS_MAX)] = ""
 
 

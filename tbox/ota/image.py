@@ -50,7 +50,7 @@ class ImageHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     name: Annotated[str, Meta(max_length=200)]
     version: Annotated[str, Meta(max_length=200)]
     platform: Annotated[str, Meta(max_length=100)] = "any"
-    entry: Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=200)]
+    entry: Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z", max_length=200)]
 
 
 class Member(NamedTuple):

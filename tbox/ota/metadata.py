@@ -211,7 +211,7 @@ def matches(data: bytes, length: int | None, hashes: Mapping[str, str] | None) -
 # --- floors --------------------------------------------------------------------------------------------
 
 Version = Annotated[int, Meta(ge=1, le=VERSION_MAX)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 RoleName = Annotated[str, Meta(max_length=ROLE_NAME_CHARS_MAX)]
 
 

@@ -61,6 +61,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "size negative": ({"length": -1}, f">= 0 {LENGTH}"),
     "size beyond any slot": ({"length": 1 << 40}, f"<= {8 << 30} {LENGTH}"),
     "digest short": ({"sha256": "ab"}, DIGEST),
+    "digest and a line end": ({"sha256": f"{SHA}\n"}, DIGEST),
+    "version and a line end": ({"version": "1.0\n"}, "- at `$.version`"),
     "digest in capitals": ({"sha256": "C" * 64}, DIGEST),
     "no hardware": ({"hardware_ids": []}, "length >= 1 - at `$.hardware_ids`"),
     "hardware a word": ({"hardware_ids": "tbox-sim"}, "got `str` - at `$.hardware_ids`"),
