@@ -23,7 +23,7 @@ import zstandard
 from tbox.durable import OsStorage, TwoCopies
 from tbox.model import NS_PER_S, Now, TimeQuality
 from tbox.ota import boot
-from tbox.ota.boot import SlotState
+from tbox.ota.boot import SlotName, SlotState
 from tbox.ota.device import JOURNAL_STEM, OtaDevice, load_journal
 from tbox.ota.engine import Device, Engine, Look
 from tbox.ota.fetch import FetchSettings
@@ -126,13 +126,15 @@ class Rig:
         self.repository.add_target(PATH, file, tbox={k: v for k, v in fields.items() if v is not None})
         self.repository.publish_all()
 
-    def run(self, kind: ImageKind = "raw") -> list[Told]:
+    def run(self, kind: ImageKind = "raw", slot: SlotName = "a") -> list[Told]:
         """Let the device, whose boot loader starts images of `kind`, try until nothing more comes."""
+        self.ports.drafts.clear()
+        self.ports.restarts.clear()
         control, journal = self.real.ctl.read(), TwoCopies(OsStorage(), str(self.real.data), JOURNAL_STEM)
-        identity = Device("vehicle", b"key", "a", lambda requires: "", kind=kind)
+        identity = Device("vehicle", b"key", slot, lambda requires: "", kind=kind)
         engine = Engine(SETTINGS, identity, control, load_journal(journal))
         device = OtaDevice(
-            engine, self.real.ctl, self.real.slots, journal, SimBackend({"TBOX_SLOT": "a"}), self.ports
+            engine, self.real.ctl, self.real.slots, journal, SimBackend({"TBOX_SLOT": slot}), self.ports
         )
         for second in range(1, TURNS):
             device.turn(Now(second * NS_PER_S, WALL_NS, TimeQuality.NTP), [Look()])
@@ -282,6 +284,31 @@ def test_a_signed_emergency_permits_a_downgrade_up_to_its_floor_and_no_further(
     else:
         assert told[1] == Told("refused", "security counter 4 is not above 5: a downgrade")
         assert control.b.state is SlotState.EMPTY
+
+
+@pytest.mark.parametrize("forged", [False, True])
+def test_an_order_to_leave_a_good_image_is_obeyed_if_it_is_signed(rig: Rig, forged: bool) -> None:
+    rig.publish(NEW, codec="identity")
+    rig.run()
+    good = rig.real.ctl.commit(boot.confirm(boot.count_try(rig.real.ctl.read(), "b"), "b"))
+    assert boot.plan(good, {}) == boot.Start("b", trial=False)
+    order = {"leave_sha256": sha256(OLD if forged else NEW), "reason": "it drains the battery"}
+    rig.repository.targets.unrecognized_fields["tbox"] = {"orders": [order]}
+    rig.repository.publish_all()
+    if forged:
+        served = rig.repository.served["targets"]
+        served[-1] = served[-1].replace(sha256(OLD).encode(), sha256(NEW).encode())
+    told = rig.run(slot="b")
+    control = rig.real.ctl.read()
+    assert control.floor == 2
+    if forged:
+        assert Told("refused", "targets.json: signed by 0 of the 1 keys it takes") in told
+        assert rig.ports.restarts == [] and control == good
+    else:
+        assert Told("ordered", "it drains the battery") in told
+        assert boot.plan(control, {}) == boot.Start("a", trial=False) and rig.ports.restarts == [[]]
+        failure = control.failure(sha256(NEW))
+        assert failure is not None and failure.reason == "ordered: it drains the battery"
 
 
 def test_a_field_that_nobody_signed(rig: Rig) -> None:
