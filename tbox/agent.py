@@ -52,7 +52,7 @@ from tbox.spool.store import Spool
 from tbox.uplink.mqtt import MqttUplink
 
 if TYPE_CHECKING:
-    from tbox.update import Updates
+    from tbox.update import Footing, Updates
 
 log = structlog.get_logger()
 
@@ -147,6 +147,7 @@ class Agent:
         self._buses = self.ledger.stage("bus", "frames")
         decode, edge = build_stages(config, self.ledger)
         self._control = ControlServer(config.control_socket, self._handlers())
+        self._footing = self._find_footing()
         self._open_spool(now)
         self._gaps = FrameGaps(OsStorage(), config.device.state_directory, self.start_number)
 
@@ -175,31 +176,34 @@ class Agent:
         )  # fmt: skip
         self.updates = self._open_updates()
 
-    @property
-    def _from_slot(self) -> bool:
-        """Whether a boot loader started this agent."""
-        return self.config.ota.rpi_tryboot is not None or bool(os.environ.get("TBOX_SLOT"))
+    def _find_footing(self) -> Footing | Exception | None:
+        """Return what a boot loader started this agent from, or why nobody can say; None: none did."""
+        if self.config.ota.rpi_tryboot is None and not os.environ.get("TBOX_SLOT"):
+            return None
+        # Metadata and HTTP libraries take memory that an agent without slots need not spend.
+        from tbox.update import footing
+
+        try:
+            return footing(self.config.ota)
+        except (TboxError, OSError) as error:
+            return error
 
     def _may_migrate(self) -> bool:
         """Whether files may be brought up to this release: not while the one before may have to run again."""
-        if not self._from_slot:
-            return True
-        from tbox.update import runs_on_trial
-
-        return runs_on_trial(self.config.ota) is False
+        standing = self._footing
+        return standing is None or (not isinstance(standing, Exception) and not standing.on_trial)
 
     def _open_updates(self) -> Updates | None:
         """Return what keeps this agent up to date, None where no boot loader started it."""
-        if not self._from_slot:
+        if self._footing is None:
             return None
-        # Metadata and HTTP libraries take memory that an agent without slots need not spend.
         from tbox.update import Around, open_updates
 
         around = Around(
             self.vehicle, self.start_number, self.ledger, self.buses, self.pipeline, self.runner, self.uplink,
             self.clock.now, lambda draft: self.runner.keep([draft], self.clock.now()),
         )  # fmt: skip
-        return open_updates(self.config, around)
+        return open_updates(self.config, around, self._footing)
 
     def _open_spool(self, now: Now) -> None:
         """Raise the start number, open the spool, and make this start's first record."""

@@ -1,11 +1,13 @@
 """Start number, monotonic and wall clock, and how far the wall clock is believed. Never orders by wall.
 
 `TimeKeeper` is a core: it is shown the raw clocks and answers with `Now`. `SystemClock` is the thin shell
-that reads them. `next_start` raises the number that makes record ids unique for ever.
+that reads them, `kernel_quality` asks whether somebody keeps the wall clock. `next_start` raises the number
+that makes record ids unique for ever.
 """
 
 from __future__ import annotations
 
+import ctypes
 import datetime as dt
 import time
 from collections.abc import Callable
@@ -72,21 +74,57 @@ class TimeKeeper:
         return now, Offset(mono_ns, wall_ns, step, quality, first) if changed else None
 
 
+class Timex(ctypes.Structure):
+    """The head of the kernel's `struct timex` (adjtimex(2)); what follows is not looked at."""
+
+    _fields_ = (
+        ("modes", ctypes.c_uint),
+        ("offset", ctypes.c_long),
+        ("freq", ctypes.c_long),
+        ("maxerror", ctypes.c_long),
+        ("rest", ctypes.c_char * 512),
+    )
+
+
+# The kernel lets an unset clock's error stand at 16 s, and a set one's grow by 0.5 ms/s until it is there;
+# below that somebody disciplines it. systemd judges by the same figure, and unlike the flag STA_UNSYNC it
+# also holds for a chrony that leaves the battery-backed clock alone.
+MAXERROR_US_UNSET = 16_000_000
+
+Adjtimex = Callable[[ctypes.Structure], int]
+
+
+def _libc_adjtimex(timex: ctypes.Structure) -> int:
+    answer: int = ctypes.CDLL(None).adjtimex(ctypes.byref(timex))
+    return answer
+
+
+def kernel_quality(adjtimex: Adjtimex = _libc_adjtimex) -> TimeQuality:
+    """Return NTP while a time daemon keeps the kernel's clock, RTC when none does or it cannot be asked."""
+    timex = Timex()  # modes 0: only read
+    try:
+        asked = adjtimex(timex) >= 0
+    except (OSError, AttributeError):  # a system without the call
+        asked = False
+    return TimeQuality.NTP if asked and timex.maxerror < MAXERROR_US_UNSET else TimeQuality.RTC
+
+
 class SystemClock:
-    """The machine's own clocks. Quality is RTC until somebody who knows says better (`set_quality`).
+    """The machine's own clocks, and how far the wall clock is believed: asked anew at every look.
 
     One thread looks at the wall clock now and then; `now()`, from any thread, adds the offset last believed
     to the monotonic clock, so that a jump shows in every thread at once and only after it was told.
     """
 
-    def __init__(self, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        self._monotonic_ns = monotonic_ns
+    def __init__(
+        self,
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
+        wall_ns: Callable[[], int] = time.time_ns,
+        quality: Callable[[], TimeQuality] = kernel_quality,
+    ) -> None:
+        self._monotonic_ns, self._wall_ns, self._quality = monotonic_ns, wall_ns, quality
         self._keeper = TimeKeeper()
-        self._quality = TimeQuality.RTC
         self._last = Now(0)
-
-    def set_quality(self, quality: TimeQuality) -> None:
-        self._quality = quality
 
     def mono_ns(self) -> int:
         return self._monotonic_ns()
@@ -99,7 +137,7 @@ class SystemClock:
 
     def look(self) -> tuple[Now, Offset | None]:
         """Return this instant and, when the wall clock was set or jumped since the last look, by how much."""
-        self._last, offset = self._keeper.look(self._monotonic_ns(), time.time_ns(), self._quality)
+        self._last, offset = self._keeper.look(self._monotonic_ns(), self._wall_ns(), self._quality())
         return self._last, offset
 
 

@@ -81,22 +81,29 @@ class FrameGaps:
         self._boot_id = _boot_id(storage)
         self._before = self._read()
         self._heard: set[str] = set()
+        self._unmeasured: dict[str, int] = {}  # first frames whose gap no clock could tell so far
 
     def tell(self, spans: Spans, now: Now) -> list[dict[str, Any]]:
-        """Return the body of a record for each bus that was heard for the first time in this start."""
+        """Return the body of a record for each bus that was heard for the first time in this start, and
+        again for one whose gap was unknown until the wall clock was vouched for."""
         new = {bus: span[0] for bus, span in spans.items() if span is not None and bus not in self._heard}
-        if not new:
-            return []
-        self._heard |= new.keys()
-        # At once: a start that is killed now must not let the next one measure from before it.
-        self.note(spans, now)
+        if new:
+            self._heard |= new.keys()
+            # At once: a start that is killed now must not let the next one measure from before it.
+            self.note(spans, now)
         if self._start == 1:
             return []  # the device's very first frames resume nothing
-        return [
-            {"event": "frames_resumed", "bus": bus}
-            | resumed(self._before.get(bus), self._boot_id, first_ns, now)
-            for bus, first_ns in new.items()
-        ]
+        told = {bus: self._resumed(bus, first_ns, now) for bus, first_ns in new.items()}
+        if now.quality >= TimeQuality.NTP:
+            again = {bus: self._resumed(bus, first_ns, now) for bus, first_ns in self._unmeasured.items()}
+            told |= {bus: body for bus, body in again.items() if body["gap_s"] is not None}
+            self._unmeasured.clear()
+        else:
+            self._unmeasured |= {bus: new[bus] for bus, body in told.items() if body["gap_s"] is None}
+        return [{"event": "frames_resumed", "bus": bus} | body for bus, body in told.items()]
+
+    def _resumed(self, bus: str, first_ns: int, now: Now) -> dict[str, Any]:
+        return resumed(self._before.get(bus), self._boot_id, first_ns, now)
 
     def note(self, spans: Spans, now: Now, *, final: bool = False) -> None:
         """Note when each bus was last heard; one not heard in this start keeps what was known of it."""

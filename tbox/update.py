@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -283,6 +283,28 @@ NO_PROOF = Proof(
 # --- putting it together ---------------------------------------------------------------------------------
 
 
+class Footing(NamedTuple):
+    """What this agent was started from, read once, before anything else: its spool asks too."""
+
+    backend: BootBackend
+    slots: Slots
+    ctl: BootCtl
+    control: BootControl
+    running: SlotName
+
+    @property
+    def on_trial(self) -> bool:
+        return self.control.slot(self.running).state in (SlotState.TRIAL, SlotState.LAST_TRY)
+
+
+def footing(settings: OtaConfig, environment: Mapping[str, str] = os.environ) -> Footing:
+    """Return what this agent stands on. Raises TboxError, OSError when boot control does not say."""
+    storage = OsStorage()
+    backend, slots = started_from(settings, storage, environment)
+    ctl = BootCtl(storage, slots.directory)
+    return Footing(backend, slots, ctl, ctl.read(), backend.running())
+
+
 def started_from(
     settings: OtaConfig, storage: OsStorage, environment: Mapping[str, str]
 ) -> tuple[BootBackend, Slots]:
@@ -298,15 +320,18 @@ def started_from(
 class Updates:
     """The thread `ota` and its ports, for the agent; made before anything runs."""
 
-    def __init__(self, config: Config, around: Around, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        config: Config,
+        around: Around,
+        standing: Footing,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
         """Raises TboxError, OSError when what updates rest on cannot be read."""
         storage = OsStorage()
         directory = f"{config.device.state_directory}/ota"
         storage.mkdir(directory)
-        backend, slots = started_from(config.ota, storage, environment)
-        running = backend.running()
-        ctl = BootCtl(storage, slots.directory)
-        control = ctl.read()
+        backend, slots, ctl, control, running = standing
         root = storage.read(f"{slots.directory}/{ROOT_NAME}")
         key = _cohort_key(storage, f"{directory}/{COHORT_KEY_NAME}")
         observer = Observer(around, config.ota, directory, (config.uplink.host, config.uplink.port_in_use))
@@ -317,7 +342,7 @@ class Updates:
                 storage, directory, open_key(storage, f"{directory}/{KEY_NAME}"), around.now(), around.start
             ),
             rxswin=_rxswin(slots, control, running, root),
-            on_trial=_on_trial(control, running),
+            on_trial=standing.on_trial,
         )  # fmt: skip
         journal = TwoCopies(storage, directory, JOURNAL_STEM)
         identity = Device(
@@ -325,6 +350,7 @@ class Updates:
             loader_decides=backend.counts_tries,
             boot_note=environment.get("TBOX_BOOT_NOTE", ""),
             boot_id=backend.boot_id(),
+            kind=backend.kind,
         )  # fmt: skip
         engine = Engine(config.ota, identity, control, load_journal(journal))
         self._device = OtaDevice(engine, ctl, slots, journal, backend, self._ports, tries=config.ota.tries)
@@ -357,36 +383,25 @@ class Updates:
 
     def handle(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Answer a request of the control socket. Raises Refused."""
-        return self._thread.handle(message)
+        return self._thread.handle(message) | {"rxswin": self._ports.rxswin}
 
 
-def open_updates(config: Config, around: Around) -> Updates | None:
+def open_updates(config: Config, around: Around, standing: Footing | Exception) -> Updates | None:
     """Return the updates; None, told as an alarm, where they cannot be had: the vehicle drives on.
 
-    Raises TboxError for an image on trial, which has then failed.
+    standing: or why there is none. Raises TboxError for an image on trial, which has then failed.
     """
     try:
-        return Updates(config, around)
+        if isinstance(standing, Exception):
+            raise standing
+        return Updates(config, around, standing)
     except (TboxError, OSError) as error:
         log.error("updates_unavailable", why=str(error))
-        if runs_on_trial(config.ota):
+        if isinstance(standing, Footing) and standing.on_trial:
             raise TboxError(f"on trial, and could not be updated any more: {error}") from None
         body = {"event": "broken", "state": "broken", "reason": str(error)}
         around.emit(Draft("ota", Level.ALARM, around.now().mono_ns, body))
         return None
-
-
-def _on_trial(control: BootControl, running: SlotName) -> bool:
-    return control.slot(running).state in (SlotState.TRIAL, SlotState.LAST_TRY)
-
-
-def runs_on_trial(settings: OtaConfig) -> bool | None:
-    """Return whether this agent's image is on trial, None where boot control cannot say."""
-    with suppress(TboxError, OSError):
-        storage = OsStorage()
-        backend, slots = started_from(settings, storage, os.environ)
-        return _on_trial(BootCtl(storage, slots.directory).read(), backend.running())
-    return None
 
 
 def _missing(requires: Any) -> str:

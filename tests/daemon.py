@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tbox.control import ControlError, request
 from tbox.record.proof import Proof, ProofResult
@@ -21,6 +21,7 @@ from tbox.uplink.session import UplinkSettings
 DBC = Path(__file__).parents[1] / "dbc"
 WAIT_S = 60.0  # generous: tests run side by side on two cores
 POLL_S = 0.05
+Mqtt = Literal["5", "3.1.1"]
 TBOX = [sys.executable, "-m", "tbox"]
 FAST_SESSION = """\
 [uplink.session]
@@ -52,7 +53,9 @@ def tbox(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str
 class Daemon:
     """`tbox run` in a directory of its own, on the bus `tbox:<directory>/bus`."""
 
-    def __init__(self, directory: Path, port: int, *, bus: str = "", more: str = "") -> None:
+    def __init__(
+        self, directory: Path, port: int, *, bus: str = "", more: str = "", mqtt: Mqtt = "5"
+    ) -> None:
         self.directory = directory
         self.bus_url = f"tbox:{directory / 'bus'}"
         self.config = directory / "tbox.toml"
@@ -73,6 +76,7 @@ channel = "{directory / "bus"}"
 [uplink]
 host = "127.0.0.1"
 port = {port}
+mqtt = "{mqtt}"
 {FAST_SESSION}{more}"""
         )
         (directory / "rules.toml").write_text("")
@@ -153,11 +157,12 @@ class Vehicle:
 class Judge:
     """Keeps every record that reaches the broker."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, mqtt: Mqtt = "5") -> None:
         self.records: list[dict[str, Any]] = []
         self._proof = Proof()
         self._lock = threading.Lock()
-        self._receiver = Receiver(UplinkSettings(host="127.0.0.1", port=port), "car", self._take).start()
+        settings = UplinkSettings(host="127.0.0.1", port=port, mqtt=mqtt)
+        self._receiver = Receiver(settings, "car", self._take).start()
 
     def _take(self, topic: str, payload: bytes, _mono_ns: int, _retained: bool) -> None:
         with self._lock:

@@ -74,3 +74,7 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has had enough; say nothing at exit
         sys.exit(0)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"tbox: {where}{error.strerror or error}", err=True)
+        sys.exit(2)

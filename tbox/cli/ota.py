@@ -64,14 +64,23 @@ def ask(agent: str, what: str) -> dict[str, Any]:
 
 
 def say(status: dict[str, Any]) -> None:
-    """Print the state in one line, and why it is so in a second one."""
+    """Print the state in one line; below it why it is so, what is offered, and what else the device knows."""
     running = status.get("running", {})
     where = f" · slot {running.get('slot')} runs {running.get('version')}" if running else ""
     click.echo(f"{status['state']}{where}")
-    if status.get("offered"):
-        click.echo(f"offered: {status['offered']['version']} {status['offered']['notes']}".rstrip())
+    if status.get("rxswin"):
+        click.echo(f"software identification (RXSWIN): {status['rxswin']}")
     if status.get("reason"):
         click.echo(f"why: {status['reason']}")
+    if status.get("offered"):
+        click.echo(f"offered: {status['offered']['version']} {status['offered']['notes']}".rstrip())
+    if status.get("trial_s") is not None:
+        click.echo(f"on trial for {status['trial_s']:.0f} s, pauses left out")
+    for name, slot in status.get("slots", {}).items():
+        if name != running.get("slot") and slot["version"]:
+            click.echo(f"slot {name} holds {slot['version']}, {slot['state']}")
+    for image in status.get("failed", [])[-1:]:
+        click.echo(f"given up: {image['version']}, {image['reason']}")
 
 
 @ota.command()
@@ -96,17 +105,17 @@ def status(agent: str, directory: Path | None, as_json: bool) -> None:
 @agent_option
 def check(agent: str) -> None:
     """Look for an update now. Exit 1 when there is none."""
-    ask(agent, "check")
-    found = follow(agent, until_offered=True)
-    say(found)
-    if not found.get("offered"):
-        raise Refused("no update is offered")
+    say(look(agent))
 
 
 @ota.command()
 @agent_option
 def install(agent: str) -> None:
-    """Approve the offered update and follow it until it waits for the switch or restarts the agent."""
+    """Approve the offered update, looked for if need be, and follow it until it waits for the switch or
+    restarts the agent."""
+    found = ask(agent, "status")
+    offered = (found if found.get("offered") else look(agent))["offered"]
+    click.echo(f"approved: {offered['version']} {offered['notes']}".rstrip())
     ask(agent, "install")
     say(follow(agent))
 
@@ -125,14 +134,30 @@ def rollback(agent: str) -> None:
     say(ask(agent, "rollback"))
 
 
+def look(agent: str) -> dict[str, Any]:
+    """Have the agent look for an update; return the status with the offer. Raises Refused without one."""
+    ask(agent, "check")
+    found = follow(agent, until_offered=True)
+    if not found.get("offered"):
+        why = found.get("reason") or f"the engine is {found['state']}"
+        raise Refused(f"no update is offered: {why}")
+    return found
+
+
 def follow(agent: str, *, until_offered: bool = False) -> dict[str, Any]:
-    """Show the progress of the work under way until none is; return the status then."""
+    """Show the progress of the work under way until none is; return the status then.
+
+    An agent that answers no more has gone to start the new image.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task("", total=None)
         while True:
             time.sleep(POLL_S)
-            found = ask(agent, "status")
+            try:
+                found = ask(agent, "status")
+            except control.ControlError:
+                return {"state": "restarting", "reason": "the new image runs next: see `tbox ota status`"}
             progress = found.get("progress", {})
             bars.update(
                 bar,

@@ -96,7 +96,10 @@ def _export_public(uri: str, names: tuple[str, ...], directory: Path) -> None:
 @click.option("--targets", multiple=True, type=click.Path(path_type=Path), help="As --root, for targets.")
 @click.option("--online", multiple=True, type=click.Path(path_type=Path), help="For the keys at the server.")
 @click.option("--revoke", multiple=True, help="Take this key id away from every role; repeatable.")
-@click.option("--threshold", type=click.IntRange(1, 64), help="Signatures that root and targets take.")
+@click.option("--threshold", type=click.IntRange(1, 64), help="Signatures of root and targets; 3 at first.")
+@click.option(
+    "--weaker-than-3-of-5", "weaker", is_flag=True, help="Let fewer people sign root and targets: a toy's."
+)
 @click.option("--renew", multiple=True, type=click.Choice(["root", "targets"]), help="Before it expires.")
 @key_places
 def rotate(
@@ -106,12 +109,14 @@ def rotate(
     online: tuple[Path, ...],
     revoke: tuple[str, ...],
     threshold: int | None,
+    weaker: bool,
     renew: tuple[str, ...],
     keys: tuple[str, ...],
 ) -> None:
     """Stage a root with other keys, or the same for longer; the first one makes the repository.
 
-    What is staged must be signed with `tbox ota sign` by enough of the old keys and of the new ones.
+    Root and targets take 3 of at least 5 keys. What is staged must be signed with `tbox ota sign` by enough
+    of the old keys and of the new ones.
     """
     from tbox.ota.keys import read_public
 
@@ -121,7 +126,7 @@ def rotate(
     changes = _changes(publisher, offline, online, set(revoke), threshold, read_public)
     if not changes and not renew:
         raise click.UsageError("nothing changes: give keys to add, --revoke or --renew")
-    staged = [*publisher.rotate(changes), *map(publisher.renew, renew)]
+    staged = [*publisher.rotate(changes, weaker=weaker), *map(publisher.renew, renew)]
     for path in dict.fromkeys(staged):
         _sign_and_say(publisher, path, keys)
 
@@ -180,7 +185,12 @@ def _release_options(command: Command) -> Command:
         click.option("--hardware", multiple=True, help="Hardware id it is for; repeatable."),
         click.option("--kind", type=click.Choice(["app", "raw"]), default="app", show_default=True),
         click.option("--name", help="Folder of the files; read from an app image when not given."),
-        click.option("--percent", type=click.FloatRange(0, 100), default=100.0, show_default=True),
+        click.option(
+            "--percent", type=click.FloatRange(0, 100), default=100.0, help="Never to more of them."
+        ),
+        click.option(
+            "--everyone", is_flag=True, help="To all vehicles at once, without a rollout's cohorts."
+        ),
         click.option("--deltas", type=click.IntRange(0, 16), default=3, show_default=True),
         click.option("--requires", multiple=True, help='What the device must carry, as "numpy>=2,<3".'),
         click.option("--notes", default="", help="What the user is told."),
@@ -216,10 +226,22 @@ def publish(repository: Path, image: Path | None, keys: tuple[str, ...], **optio
         )
         sizes = ", ".join(f"{delta.length:,} bytes from {delta.base_sha256[:12]}" for delta in release.deltas)
         click.echo(f"{release.version}: {release.full.length:,} bytes whole; deltas: {sizes or 'none'}")
+        if not options["everyone"]:
+            _begin_rollout(publisher, release.sha256)
         _sign_and_say(publisher, path, keys)
         return
     for role, version in publisher.publish(_signers(keys)).items():
         click.echo(f"published {role} version {version}")
+
+
+def _begin_rollout(publisher: Publisher, sha256: str) -> None:
+    """Let the release come to the first cohort only, where there is a role that can say so."""
+    from tbox.ota.releases import ROLLOUT_ROLE
+
+    progress = publisher.rollout(sha256, time.time())
+    if publisher.key_ids(ROLLOUT_ROLE) and publisher.stage_notice(progress):
+        percent = progress.basis_points / 100
+        click.echo(f"it comes to {percent:g} % of the fleet; widen that with `tbox ota rollout`")
 
 
 def _draft(image: Path, options: dict[str, Any]) -> Any:
@@ -289,8 +311,10 @@ def _preconditions(options: dict[str, Any]) -> dict[str, Any]:
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
 def serve(repository: Path, host: str, port: int) -> None:
     """Serve a repository over HTTP with ranges, for tests and the bench."""
-    from tbox.ota.serve import server
+    from tbox.ota.serve import PUBLIC, server
 
+    if not all((repository / part).is_dir() for part in PUBLIC):
+        raise TboxError("no repository here", where=str(repository), mend="make one with `tbox ota rotate`")
     try:
         http = server(repository, host, port)
     except OSError as error:
@@ -321,6 +345,7 @@ def rollout(
     """
     from tbox import toml
     from tbox.ota import rollout as core
+    from tbox.ota.releases import ROLLOUT_ROLE
 
     publisher = _publisher(repository)
     limits = toml.load(str(settings), core.RolloutSettings) if settings else core.RolloutSettings()
@@ -331,14 +356,14 @@ def rollout(
     progress = publisher.rollout(release.sha256, now_s)
     if resume and progress.halted:
         progress = core.resume(progress, now_s)
-    counted = core.tally(_outcomes(reports), release.sha256, limits.halt_window_s)
+    counted = core.tally(_outcomes(reports), release.sha256, limits.halt_window_s, progress.from_s)
     decision = core.decide(progress, counted, now_s, limits)
     click.echo(f"{decision.step.value}: {decision.why}")
     click.echo(
         f"{counted.tried} vehicles tried it, {counted.good} found it good, {counted.failed} gave it up"
     )
     if publisher.save_rollout(decision.progress):
-        publisher.publish(_signers(keys))
+        publisher.publish(_signers(keys), [ROLLOUT_ROLE])  # a release half signed must not hold up a halt
         click.echo(f"published: {decision.progress.basis_points / 100:g} % of the fleet")
     if decision.progress.halted:
         raise Refused(

@@ -27,7 +27,7 @@ HEAD_STEM = "audit-head"
 KEY_NAME = "audit.key"
 DOMAIN = b"tbox-audit-1\0"  # so that a signature made here is good for nothing else
 
-Hash = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 NOTHING_BEFORE = "0" * 64
 
 
@@ -53,7 +53,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     entry: msgspec.Raw
-    signature: Annotated[str, Meta(pattern="^[0-9a-f]{128}$")]
+    signature: Annotated[str, Meta(pattern=r"^[0-9a-f]{128}\Z")]
 
 
 class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -288,7 +288,7 @@ class ExportHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The first line of an exported log."""
 
     format: Annotated[int, Meta(ge=1, le=1)] = 1
-    public_key: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    public_key: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 def export(storage: RangedStorage, directory: str) -> Iterator[bytes]:

@@ -92,12 +92,12 @@ class SlotEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     priority: Annotated[int, Meta(ge=0, le=PRIORITY_ACTIVE)] = 0
     tries_left: Annotated[int, Meta(ge=0, le=TRIES_MAX)] = 0
     successful: bool = False
-    sha256: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
+    sha256: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
     length: Annotated[int, Meta(ge=0)] = 0
     version: Annotated[str, Meta(max_length=200)] = ""
     security_counter: Floor = 0
     fallback_counter_min: Floor = 0
-    manifest_sha256: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
+    manifest_sha256: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
     emergency: bool = False
 
     @property
@@ -114,7 +114,7 @@ class SlotEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class FailedImage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An image that was tried and given up; it is not tried again."""
 
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     version: Annotated[str, Meta(max_length=200)]
     reason: Annotated[str, Meta(max_length=REASON_CHARS_MAX)]
 

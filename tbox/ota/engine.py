@@ -18,7 +18,7 @@ from tbox.errors import Refused
 from tbox.model import NS_PER_S, Draft, Level, Now
 from tbox.ota import boot, policy
 from tbox.ota.boot import BootControl, SlotName, SlotState, other_slot
-from tbox.ota.model import Delta, Full, Offer, RollbackOrder, Sha256, VerifiedTarget
+from tbox.ota.model import Delta, Full, ImageKind, Offer, RollbackOrder, Sha256, VerifiedTarget
 from tbox.ota.policy import OtaSettings, Vitals
 from tbox.ota.trial import Proof, TrialJudge, Verdict
 
@@ -231,6 +231,7 @@ class Device(NamedTuple):
     loader_decides: the boot loader reads boot control and counts tries itself, as `tbox boot` does.
     boot_note: why it did not start the slot that boot control prefers, "" if it did.
     boot_id: the machine's boot, where one may see several starts of the agent; "" where it cannot.
+    kind: of images that the boot loader starts.
     """
 
     vehicle: str
@@ -240,6 +241,7 @@ class Device(NamedTuple):
     loader_decides: bool = True
     boot_note: str = ""
     boot_id: str = ""
+    kind: ImageKind = "app"
 
 
 def resume_state(
@@ -363,7 +365,8 @@ class Engine:
         running = self._device.running
         if self.state is State.ROLLED_BACK:
             failure = self.control.failure(self.journal.switched_to or self.journal.left)
-            self._tell("rolled-back", failure.reason if failure else "", Level.WARNING)
+            self.reason = failure.reason if failure else ""
+            self._tell("rolled-back", self.reason, Level.WARNING)
             self._save(replace(self.journal, switched_to="", left=""))
         elif self.state is State.GOOD:
             self._tell("good", "")
@@ -457,10 +460,14 @@ class Engine:
         return self._consider(offer.target)
 
     def _consider(self, target: VerifiedTarget) -> None:
-        running = self._device.running
+        device, running = self._device, self._device.running
         if target.sha256 == self.control.slot(running).sha256:
-            return self._move(Event.NOTHING, f"{target.version} runs already")
-        reason = policy.not_admitted(target, self.control, running, self._settings, self._device.missing)
+            self._move(Event.NOTHING, f"{target.version} runs already")
+            self._offer = None
+            return
+        reason = policy.not_admitted(
+            target, self.control, running, self._settings, device.missing, device.kind
+        )
         attempts = self.journal.attempt(target.sha256).count
         if not reason and attempts >= self._settings.attempts_max:
             reason = f"given up after {attempts} attempts"
@@ -471,7 +478,7 @@ class Engine:
             self._move(Event.ALREADY_SEALED)
         else:
             self._move(Event.OFFERED)
-        return None
+        return
 
     def _order(self, offer: Offer) -> RollbackOrder | None:
         """Return a signed order to leave the running image, if the other slot can be gone back to."""

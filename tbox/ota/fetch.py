@@ -288,9 +288,9 @@ class Reached(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sha256: of the first `offset` bytes, which are hashed again before anything is added to them.
     """
 
-    wanted: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    wanted: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     offset: Annotated[int, Meta(ge=0)] = 0
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")] = hashlib.sha256().hexdigest()
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] = hashlib.sha256().hexdigest()
     etag: Annotated[str, Meta(max_length=ETAG_CHARS_MAX)] = ""
 
 
@@ -405,6 +405,8 @@ class _Job:
                 self._wait(self._pause_s(failures, error.wait_s if isinstance(error, _Retry) else 0.0))
         if self._hash.hexdigest() != self._wanted:
             raise ServerRefused("what came is not the signed file", where=self._url)
+        if not self._length:
+            self._storage.write(self._path, b"")  # no byte made this file, and who installs it opens it
         self._save()
 
     def _pause_s(self, failures: int, asked_s: float) -> float:

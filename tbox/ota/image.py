@@ -50,7 +50,7 @@ class ImageHeader(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     name: Annotated[str, Meta(max_length=200)]
     version: Annotated[str, Meta(max_length=200)]
     platform: Annotated[str, Meta(max_length=100)] = "any"
-    entry: Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", max_length=200)]
+    entry: Annotated[str, Meta(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*\Z", max_length=200)]
 
 
 class Member(NamedTuple):
@@ -278,6 +278,16 @@ class _Forward:
 
     def hexdigest(self) -> str:
         return self._sha256.hexdigest() if self._at == self._length else ""
+
+
+def check(read_at: ReadAt, length: int) -> ImageHeader:
+    """Return the header of an image that `unpack` would take. Raises ImageError for the first thing it
+    would not."""
+    found = members(read_at, length)
+    header = _header(read_at, next(found, None))
+    for _ in found:
+        pass
+    return header
 
 
 def unpack(read_at: ReadAt, length: int, destination: Path, sha256: str) -> ImageHeader:

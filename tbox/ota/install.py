@@ -1,7 +1,8 @@
 """Writes an image into the slot that does not run, in the one order that survives a cut. Chooses no image.
 
-The order is `STEPS`: unbootable first, then bytes, sync, read back from the medium, the signed metadata,
-tries. Making the slot active is a later decision of the engine (`boot.activate`), and always the last write.
+The order is `STEPS`: unbootable first, then bytes, sync, read back from the medium, what an archive holds,
+the signed metadata, tries. Making the slot active is a later decision of the engine (`boot.activate`), and
+always the last write.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tbox.errors import Refused
-from tbox.ota import boot
+from tbox.ota import boot, image
 from tbox.ota.boot import BootControl, SlotName
 from tbox.ota.bootctl import BootCtl
 from tbox.ota.model import VerifiedTarget
 from tbox.ota.slots import Slots
 
 WRITE_BLOCK_BYTES = 1 << 20
+# No more is left to the last sync than a slow card takes in seconds: nobody can show life while that lasts.
+UNSYNCED_BYTES_MAX = 32 << 20
 
 
 class InstallError(Refused):
@@ -31,7 +34,8 @@ def _ignore(_done_bytes: int) -> None:
 class Job:
     """One installation. chunks: the image's bytes in order, of any sizes.
 
-    progress is told the bytes written so far and may raise to stop; the slot then stays unbootable.
+    progress is told the bytes written so far, then those read back so far, block by block, and may raise to
+    stop; the slot then stays unbootable.
     """
 
     ctl: BootCtl
@@ -51,7 +55,7 @@ def mark_unbootable(job: Job) -> None:
 
 
 def write_image(job: Job) -> None:
-    written, block = 0, bytearray()
+    written, synced, block = 0, 0, bytearray()
     for chunk in job.chunks:
         if written + len(block) + len(chunk) > job.target.length:
             raise InstallError(
@@ -63,6 +67,9 @@ def write_image(job: Job) -> None:
             del block[: job.block_bytes]
             written += job.block_bytes
             job.progress(written)
+            if written - synced >= UNSYNCED_BYTES_MAX:
+                job.slots.sync(job.name)
+                synced = written
     if block:
         job.slots.write(job.name, written, bytes(block))
         written += len(block)
@@ -78,13 +85,19 @@ def sync_image(job: Job) -> None:
 
 
 def read_back(job: Job) -> None:
-    found = job.slots.digest(job.name, job.target.length)
+    found = job.slots.digest(job.name, job.target.length, job.progress)
     if found != job.target.sha256:
         raise InstallError(
             "what stands on the medium is not the signed image",
             where=job.slots.image_path(job.name),
             mend="it is fetched again; if it happens twice, replace the medium",
         )
+
+
+def check_archive(job: Job) -> None:
+    """Refuse now what the boot loader would refuse to unpack: it is signed, and may be hostile still."""
+    if job.target.kind == "app":
+        image.check(lambda offset, length: job.slots.read_at(job.name, offset, length), job.target.length)
 
 
 def store_manifest(job: Job) -> None:
@@ -96,7 +109,15 @@ def seal(job: Job) -> None:
 
 
 Step = Callable[[Job], None]
-STEPS: tuple[Step, ...] = (mark_unbootable, write_image, sync_image, read_back, store_manifest, seal)
+STEPS: tuple[Step, ...] = (
+    mark_unbootable,
+    write_image,
+    sync_image,
+    read_back,
+    check_archive,
+    store_manifest,
+    seal,
+)
 
 
 def install(job: Job, steps: Sequence[Step] = STEPS) -> BootControl:

@@ -36,7 +36,7 @@ from tuf.api.metadata import (
 from tbox.errors import Refused
 
 ROOT_BYTES_MAX = 512_000  # as python-tuf's client has it by default
-ROOT_ROTATIONS_MAX = 256  # new roots taken in one refresh
+ROOT_ROTATIONS_MAX = 256  # roots taken and kept since the first one, which is embedded
 ROLES_KEPT_MAX = 64  # target roles kept and given a floor
 KEYS_MAX = 64  # of one role, and signatures of one file
 ROLE_NAME_CHARS_MAX = 80
@@ -104,7 +104,8 @@ def parse(kind: type[T], role: str, raw: bytes) -> Loaded[T]:
         _check_version(found.signed.version, role)
         return Loaded(role, raw, found.signed, covered, found.signatures)
     except (RepositoryError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise MetadataError(f"malformed: {type(error).__name__} {error}"[:200], where=file_of(role)) from None
+        cause = error.__cause__ or error  # python-tuf tells only there what is malformed
+        raise MetadataError(f"malformed: {type(cause).__name__} {cause}"[:200], where=file_of(role)) from None
 
 
 def _check_version(version: Any, role: str) -> None:
@@ -210,7 +211,7 @@ def matches(data: bytes, length: int | None, hashes: Mapping[str, str] | None) -
 # --- floors --------------------------------------------------------------------------------------------
 
 Version = Annotated[int, Meta(ge=1, le=VERSION_MAX)]
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 RoleName = Annotated[str, Meta(max_length=ROLE_NAME_CHARS_MAX)]
 
 

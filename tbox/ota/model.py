@@ -19,8 +19,8 @@ DELTAS_MAX = 16
 HARDWARE_IDS_MAX = 64
 REQUIRES_MAX = 64
 
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Name = Annotated[str, Meta(min_length=1, max_length=200, pattern="^[A-Za-z0-9][A-Za-z0-9._+/-]*$")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Name = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+/-]*\Z")]
 Bytes = Annotated[int, Meta(ge=0, le=IMAGE_BYTES_MAX)]
 Counter = Annotated[int, Meta(ge=1, le=SECURITY_COUNTER_MAX)]
 MinuteOfDay = Annotated[int, Meta(ge=0, lt=24 * 60)]

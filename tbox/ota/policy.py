@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from tbox.ota.boot import BootControl, SlotName
-from tbox.ota.model import IMAGE_BYTES_MAX, MinuteOfDay, Name, VerifiedTarget, Window
+from tbox.ota.model import IMAGE_BYTES_MAX, ImageKind, MinuteOfDay, Name, VerifiedTarget, Window
 
 Bearer = Literal["wired", "wifi", "cellular", "ntn", "none"]
 ALARM_LEVEL_BLOCKING = 3  # level 3 and above stop an update (R156)
@@ -78,14 +78,18 @@ def not_admitted(
     running: SlotName,
     settings: OtaSettings,
     missing: Callable[[Iterable[str]], str],
+    kind: ImageKind,
 ) -> str:
     """Return why this image is refused on this device for good, "" when it may come.
 
-    missing: what of the signed `requires` this device lacks, "" for nothing.
+    missing: what of the signed `requires` this device lacks, "" for nothing. kind: of images that the boot
+    loader here starts.
     """
     entry = control.slot(running)
     if settings.hardware_id not in target.hardware_ids:
         return f"for hardware {', '.join(target.hardware_ids)}, and this is {settings.hardware_id}"
+    if target.kind != kind:
+        return f"of kind {target.kind}, and the boot loader here starts images of kind {kind}"
     if target.sha256 == entry.sha256:
         return "this image runs already"
     failure = control.failure(target.sha256)

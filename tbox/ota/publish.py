@@ -31,6 +31,7 @@ from tuf.api.metadata import (
 )
 
 from tbox.errors import Refused, TboxError
+from tbox.ota import image as archive
 from tbox.ota import metadata as core
 from tbox.ota import releases, workflow
 from tbox.ota.keys import Signer
@@ -41,6 +42,9 @@ from tbox.ota.rollout import Progress, notice_with
 from tbox.ota.trust import target_url_path
 
 DAYS_VALID: Mapping[str, int] = {ROOT: 365, TARGETS: 180, SNAPSHOT: 30, TIMESTAMP: 7, ROLLOUT_ROLE: 30}
+# Root and targets: no two thieves are enough, and no two lost keys are the end (FACTS, Updates).
+OFFLINE_ROLES = (ROOT, TARGETS)
+SIGNATURES_MIN, KEYS_MIN = 3, 5
 DELTA_BASES = 3  # releases back that get a delta
 DELTA_WORTH = 0.9  # a delta that is not at least this much smaller than the full image is left out
 ZSTD_LEVEL = 19
@@ -119,7 +123,10 @@ def _write(path: Path, data: bytes) -> None:
 
 
 class KeyChange(NamedTuple):
-    """What becomes of a role's keys: those named are added, those in `revoke` (ids) taken away."""
+    """What becomes of a role's keys: those named are added, those in `revoke` (ids) taken away.
+
+    threshold None: as it was; for the first keys of root and targets SIGNATURES_MIN, for others one.
+    """
 
     role: str
     add: Sequence[Key] = ()
@@ -201,8 +208,11 @@ class Publisher:
         roles = above.signed.delegations.roles if above.signed.delegations else {}
         return set(roles[role].keyids) if role in roles else set()
 
-    def rotate(self, changes: Sequence[KeyChange]) -> list[Path]:
-        """Stage a root, and targets for the rollout role, with changed keys; return what must be signed."""
+    def rotate(self, changes: Sequence[KeyChange], *, weaker: bool = False) -> list[Path]:
+        """Stage a root, and targets for the rollout role, with changed keys; return what must be signed.
+
+        Raises Refused when root or targets would take less than 3 of 5 keys, unless `weaker` is wanted.
+        """
         paths = []
         top = [change for change in changes if change.role != ROLLOUT_ROLE]
         if top:
@@ -210,6 +220,8 @@ class Publisher:
             root = current.signed if current else Root()
             for change in top:
                 _change_keys(root, change)
+                if change.role in OFFLINE_ROLES and not weaker:
+                    _check_strength(root, change.role)
             paths.append(self._stage(ROOT, root))
         for change in changes:
             if change.role == ROLLOUT_ROLE:
@@ -265,6 +277,8 @@ class Publisher:
         take off the list, an emergency takes off all that is above it. Raises Refused, OSError.
         """
         data = image.read_bytes()
+        if draft.kind == "app":
+            archive.check(lambda offset, length: data[offset : offset + length], len(data))
         targets = self._targets()
         listed = self.releases()
         self._check_counter(draft, listed, delist)
@@ -347,27 +361,32 @@ class Publisher:
             raise TboxError(f"not a rollout's progress: {error}", where=str(path)) from None
 
     def save_rollout(self, progress: Progress) -> bool:
-        """Keep the progress and stage the notice it makes; False when the notice says so already."""
+        """Keep the progress and stage the notice it makes; False when what is public says so already."""
         directory = self.directory / "rollout"
         directory.mkdir(exist_ok=True)
         _write(directory / f"{progress.sha256}.json", msgspec.json.encode(progress))
+        return self.stage_notice(progress)
+
+    def stage_notice(self, progress: Progress) -> bool:
+        """Stage the notice this makes; False when nothing of the rollout role waits to become public."""
         before = self.notice()
         after = notice_with(before, progress)
-        if after == before:
-            return False
-        self.notify(after)
-        return True
+        if after != before:
+            self.notify(after)
+        return self._staged_path(ROLLOUT_ROLE).exists()
 
     # --- making it public ------------------------------------------------------------------------
 
-    def standing(self, role: str) -> list[Standing]:
-        """Return how far a staged role is signed, by each authority that it needs."""
+    def standing(self, role: str, above: Root | Targets | None = None) -> list[Standing]:
+        """Return how far a staged role is signed, by each authority that it needs.
+
+        above: what says who must; as staged when not given.
+        """
         staged = self._current(role)
         assert staged is not None
-        if role == ROLLOUT_ROLE:
-            needs = {role: authority_of(self._targets(), role)}
-        else:
-            needs = {role: authority_of(self.root(), role)}
+        needs = {
+            role: authority_of(above or (self._targets() if role == ROLLOUT_ROLE else self.root()), role)
+        }
         published = self._published(ROOT)
         if role == ROOT and published is not None:
             needs["the root before"] = authority_of(published.signed, ROOT)
@@ -377,19 +396,24 @@ class Publisher:
             for whose, authority in needs.items()
         ]  # fmt: skip
 
-    def publish(self, signers: Sequence[Signer]) -> dict[str, int]:
-        """Make what is staged public, with a new snapshot and timestamp; return the new versions.
+    def publish(
+        self, signers: Sequence[Signer], roles: Sequence[str] = (ROOT, TARGETS, ROLLOUT_ROLE)
+    ) -> dict[str, int]:
+        """Make what is staged of these roles public, with a new snapshot and timestamp; return the versions.
 
         signers: the online keys. Raises Refused when a staged file lacks signatures, or a device would refuse
         the result; nothing has become public then.
         """
         fresh: dict[str, bytes] = {}
-        for role in (ROOT, TARGETS, ROLLOUT_ROLE):
+        for role in roles:
+            targets = self._next(TARGETS, fresh) if role == ROLLOUT_ROLE else None
+            if targets is not None:
+                self._renew_notice(targets)
             path = self._staged_path(role)
             if path.exists():
-                if role == ROLLOUT_ROLE:
-                    sign(path, _holding(signers, authority_of(self._targets(), role)))
-                self._check_standing(role)
+                if targets is not None:
+                    sign(path, _holding(signers, authority_of(targets, role)))
+                self._check_standing(role, targets)
                 fresh[role] = path.read_bytes()
         self._name_and_sign(fresh, signers)
         self._rehearse(fresh)
@@ -401,8 +425,26 @@ class Publisher:
             self._staged_path(role).unlink(missing_ok=True)
         return {role: Metadata.from_bytes(raw).signed.version for role, raw in fresh.items()}
 
-    def _check_standing(self, role: str) -> None:
-        for standing in self.standing(role):
+    def _renew_notice(self, targets: Targets) -> None:
+        """Stage the public notice anew where its signer counts no more, or half of its days are over."""
+        public = self._published(ROLLOUT_ROLE)
+        if public is None or self._staged_path(ROLLOUT_ROLE).exists():
+            return
+        authority = authority_of(targets, ROLLOUT_ROLE)
+        signed = authority.count(core.parse(Targets, ROLLOUT_ROLE, public.to_bytes()))
+        half = timedelta(days=DAYS_VALID[ROLLOUT_ROLE] / 2)
+        if signed < authority.threshold or public.signed.expires - self._now < half:
+            self._stage(ROLLOUT_ROLE, public.signed)
+
+    def _next(self, role: str, fresh: Mapping[str, bytes]) -> Any:
+        """Return what a role will say once `fresh` is public. Raises Refused when there is none."""
+        found = Metadata.from_bytes(fresh[role]) if role in fresh else self._published(role)
+        if found is None:
+            raise Refused(f"no {role} to publish", where=str(self.staged), mend="stage and sign it first")
+        return found.signed
+
+    def _check_standing(self, role: str, above: Root | Targets | None = None) -> None:
+        for standing in self.standing(role, above):
             if not standing.enough:
                 raise Refused(
                     f"signed by {standing.signed} of the {standing.threshold} keys of {standing.whose}",
@@ -418,20 +460,19 @@ class Publisher:
             if role in fresh:
                 version = Metadata.from_bytes(fresh[role]).signed.version
                 snapshot.meta[f"{role}.json"] = MetaFile.from_data(version, fresh[role], ["sha256"])
-        if published is None and TARGETS not in fresh:
-            raise Refused("no targets to publish", where=str(self.staged), mend="stage a release first")
-        fresh[SNAPSHOT] = self._sign_online(SNAPSHOT, snapshot, signers)
+        root = self._next(ROOT, fresh)
+        fresh[SNAPSHOT] = self._sign_online(SNAPSHOT, snapshot, root, signers)
         before = self._published(TIMESTAMP)
         timestamp = before.signed if before else Timestamp()
         timestamp.snapshot_meta = MetaFile.from_data(snapshot.version, fresh[SNAPSHOT], ["sha256"])
-        fresh[TIMESTAMP] = self._sign_online(TIMESTAMP, timestamp, signers)
+        fresh[TIMESTAMP] = self._sign_online(TIMESTAMP, timestamp, root, signers)
 
-    def _sign_online(self, role: str, signed: Any, signers: Sequence[Signer]) -> bytes:
+    def _sign_online(self, role: str, signed: Any, root: Root, signers: Sequence[Signer]) -> bytes:
         published = self._published(role)
         signed.version = published.signed.version + 1 if published else 1
         signed.expires = self._now + timedelta(days=DAYS_VALID[role])
         metadata = Metadata(signed)
-        for signer in _holding(signers, authority_of(self.root(), role)):
+        for signer in _holding(signers, authority_of(root, role)):
             metadata.sign(signer, append=True)
         return metadata.to_bytes()
 
@@ -455,17 +496,29 @@ class Publisher:
 
 
 def _change_keys(root: Root, change: KeyChange) -> None:
+    role = root.roles[change.role]
+    first = SIGNATURES_MIN if change.role in OFFLINE_ROLES and not role.keyids else None
     for keyid in change.revoke:
         root.revoke_key(keyid, change.role)
     for key in change.add:
         root.add_key(key, change.role)
-    role = root.roles[change.role]
-    role.threshold = change.threshold or role.threshold
+    role.threshold = change.threshold or first or role.threshold
     if len(role.keyids) < role.threshold:
         raise Refused(
             f"{len(role.keyids)} keys cannot reach a threshold of {role.threshold}",
             where=change.role,
             mend="add keys or lower --threshold",
+        )
+
+
+def _check_strength(root: Root, role: str) -> None:
+    authority = authority_of(root, role)
+    keys = len(authority.prints())  # one key counts once, whatever its ids
+    if authority.threshold < SIGNATURES_MIN or keys < KEYS_MIN:
+        raise Refused(
+            f"{authority.threshold} of {keys} keys would do, {SIGNATURES_MIN} of {KEYS_MIN} should",
+            where=role,
+            mend=f"give more public keys with --{role}, or mean it with --weaker-than-3-of-5",
         )
 
 

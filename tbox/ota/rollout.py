@@ -52,12 +52,13 @@ class Outcome(NamedTuple):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How far one image has come. halted: why, "" while it goes on."""
+    """How far one image has come. halted: why, "" while it goes on. from_s: what was said before is past."""
 
     sha256: Sha256
     stage: Annotated[int, Meta(ge=0, lt=len(STAGES_BASIS_POINTS))] = 0
     since_s: float = 0.0
     halted: str = ""
+    from_s: float = 0.0
 
     @property
     def basis_points(self) -> int:
@@ -77,11 +78,13 @@ class Tally(NamedTuple):
         return 100 * self.worst_failed / self.tried if self.tried else 0.0
 
 
-def tally(outcomes: Iterable[Outcome], sha256: str, window_s: float) -> Tally:
-    """Count what vehicles said of an image; a later verdict of a vehicle replaces an earlier one."""
+def tally(outcomes: Iterable[Outcome], sha256: str, window_s: float, from_s: float = 0.0) -> Tally:
+    """Count what vehicles said of an image since from_s; a later verdict of one replaces an earlier one."""
     verdict: dict[str, Kind] = {}
     failed_at: dict[str, float] = {}
-    for outcome in sorted((o for o in outcomes if o.sha256 == sha256), key=lambda o: o.at_s):
+    for outcome in sorted(
+        (o for o in outcomes if o.sha256 == sha256 and o.at_s >= from_s), key=lambda o: o.at_s
+    ):
         if outcome.kind is Kind.TRIED:
             verdict.setdefault(outcome.vehicle, Kind.TRIED)
             continue
@@ -141,8 +144,8 @@ def decide(progress: Progress, counted: Tally, now_s: float, settings: RolloutSe
 
 
 def resume(progress: Progress, now_s: float) -> Progress:
-    """Take a halted rollout up again at its first stage: a person has looked."""
-    return Progress(sha256=progress.sha256, since_s=now_s)
+    """Take a halted rollout up again at its first stage: a person has looked at all that was said so far."""
+    return Progress(sha256=progress.sha256, since_s=now_s, from_s=now_s)
 
 
 def notice_with(notice: Notice, progress: Progress) -> Notice:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Protocol
 
 import msgspec
@@ -17,7 +17,7 @@ from tbox.clock import BOOT_ID_FILE, boot_id
 from tbox.durable import RangedStorage
 from tbox.errors import TboxError
 from tbox.ota.boot import SLOT_NAMES, SlotName, other_slot
-from tbox.ota.model import IMAGE_BYTES_MAX, MANIFEST_BYTES_MAX
+from tbox.ota.model import IMAGE_BYTES_MAX, MANIFEST_BYTES_MAX, ImageKind
 
 READ_BLOCK_BYTES = 1 << 20
 
@@ -76,13 +76,19 @@ class Slots:
             yield block
             offset += len(block)
 
-    def digest(self, name: SlotName, length: int) -> str:
-        """Return the SHA-256 of the first `length` image bytes on the medium, "" when they are not there."""
+    def digest(
+        self, name: SlotName, length: int, progress: Callable[[int], None] = lambda done_bytes: None
+    ) -> str:
+        """Return the SHA-256 of the first `length` image bytes on the medium, "" when they are not there.
+
+        progress is told the bytes read so far.
+        """
         sha256, found = hashlib.sha256(), 0
         try:
             for block in self.blocks(name, length):
                 sha256.update(block)
                 found += len(block)
+                progress(found)
         except FileNotFoundError:
             return ""
         return sha256.hexdigest() if found == length else ""
@@ -118,10 +124,11 @@ class Slots:
 class BootBackend(Protocol):
     """What differs between boot loaders; the order of an update does not.
 
-    counts_tries: the boot loader reads boot control and counts tries itself.
+    counts_tries: the boot loader reads boot control and counts tries itself. kind: of images it starts.
     """
 
     name: str
+    kind: ImageKind
     counts_tries: bool
 
     def running(self) -> SlotName:
@@ -148,6 +155,7 @@ class SimBackend:
     """`tbox boot`: boot control alone says what starts next, so nothing is left to do here."""
 
     name = "sim"
+    kind: ImageKind = "app"
     counts_tries = True
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -207,6 +215,7 @@ class RpiTrybootBackend:
     """
 
     name = "rpi-tryboot"
+    kind: ImageKind = "raw"
     counts_tries = False
 
     def __init__(self, storage: RangedStorage, settings: TrybootSettings) -> None:

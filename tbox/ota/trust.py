@@ -184,6 +184,9 @@ def _refresh(options: argparse.Namespace) -> None:
 def _download(options: argparse.Namespace) -> None:
     if not options.target_name or options.target_dir is None or not options.target_base_url:
         raise Refused("which target?", mend="say --target-name, --target-dir and --target-base-url")
+    name = quote(options.target_name, safe="")
+    if name in (".", ".."):
+        raise Refused("is no name for a file", where=options.target_name)
     client, now = _client(options), _now()
     try:
         client.refresh(now)
@@ -192,7 +195,7 @@ def _download(options: argparse.Namespace) -> None:
         _show(client.trusted, options.metadata_dir)
     if found is None:
         raise Refused("no role has this target", where=options.target_name)
-    path = options.target_dir / quote(options.target_name, safe="")
+    path = options.target_dir / name
     if path.exists() and _is(found.file, path.read_bytes()):
         return
     consistent = client.trusted.root.signed.consistent_snapshot

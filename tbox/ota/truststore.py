@@ -1,8 +1,9 @@
 """Verified metadata on flash: generations that a power cut cannot mix, and floors kept apart from them.
 
 Files stand under the digest of their content and are never written over while they count; a generation is a
-list of digests in two CRC'd copies, switched after everything it names was synced. Nothing is verified here:
-what is read back is believed only to be what was written.
+list of digests in two CRC'd copies, switched after everything it names was synced. The floors stand in both
+of their copies: were the older of two left to count when the newer rots, a replay could get in. Nothing is
+verified here: what is read back is believed only to be what was written.
 """
 
 from __future__ import annotations
@@ -110,10 +111,7 @@ class TrustStore:
 
         Durable when it returns; a cut anywhere leaves the old generation or the new one. Raises OSError.
         """
-        floors = msgspec.msgpack.encode(trusted.floors)
-        self._write(self._floors, floors)
-        if not self._both_floors():
-            self._floors.write(floors)
+        self._keep_floors(trusted.floors)
         before = _decode(self._generation, Generation)
         durable = {*before.roots, *before.roles.values()} if isinstance(before, Generation) else set()
         roots = tuple(self._put(raw, durable) for raw in trusted.roots[1:])
@@ -124,11 +122,8 @@ class TrustStore:
             self._generation.write(msgspec.msgpack.encode(after))
             self._sweep({*roots, *roles.values()})
 
-    @staticmethod
-    def _write(copies: TwoCopies, payload: bytes) -> None:
-        newest = copies.read()
-        if newest is None or newest[1] != payload:
-            copies.write(payload)
+    def _keep_floors(self, floors: Floors) -> None:
+        self._floors.write_both(msgspec.msgpack.encode(floors))
 
     def _put(self, raw: bytes, durable: set[str]) -> str:
         """Make a file durable, but for its name. durable: what the generation that counts names."""

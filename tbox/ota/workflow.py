@@ -63,10 +63,16 @@ def _need(path: str, length_max: int) -> Steps[bytes]:
 
 
 def _refresh_root(trusted: TrustedSet) -> Steps[None]:
-    for _ in range(ROOT_ROTATIONS_MAX):
+    while True:
         raw = yield Want(f"{trusted.root.version + 1}.root.json", ROOT_BYTES_MAX)
         if raw is None:
             return
+        if len(trusted.roots) > ROOT_ROTATIONS_MAX:
+            raise MetadataError(
+                f"more than {ROOT_ROTATIONS_MAX} roots follow the first",
+                where=file_of(ROOT),
+                mend="provision the device with a newer first root",
+            )
         trusted.update_root(raw)
 
 

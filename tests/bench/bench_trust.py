@@ -56,7 +56,7 @@ def _repository(directory: Path) -> Publisher:
 def _draft(number: int) -> VerifiedTarget:
     path = f"app/{number}.img.zst"
     fields = {
-        "name": path, "version": str(number), "kind": "app", "length": 0, "sha256": "0" * 64,
+        "name": path, "version": str(number), "kind": "raw", "length": 0, "sha256": "0" * 64,
         "security_counter": number, "hardware_ids": ("tbox-sim",),
         "full": {"name": path, "length": 0, "sha256": "0" * 64},
     }  # fmt: skip

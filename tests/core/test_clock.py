@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,13 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tbox.clock import (
+    MAXERROR_US_UNSET,
     START_JUMP,
     WALL_CEILING_NS,
     WALL_FLOOR_NS,
     WALL_JUMP_NS_MIN,
     Deadline,
+    Offset,
     StartNumberError,
+    SystemClock,
     TimeKeeper,
+    Timex,
+    kernel_quality,
     next_start,
 )
 from tbox.durable import OsStorage
@@ -71,6 +79,86 @@ def test_offsets_always_re_date_to_what_the_clock_said(looks: list[tuple[int, in
             assert mono + offset_sum == wall
         if now.wall_ns is not None:
             assert abs(now.wall_ns - mono - offset_sum) < WALL_JUMP_NS_MIN * (len(looks) + 1)
+
+
+# --- who keeps the machine's clock -----------------------------------------------------------------------
+
+
+def kernel(maxerror_us: int, answer: int = 0) -> Callable[[ctypes.Structure], int]:
+    """A kernel that answers adjtimex(2) so."""
+
+    def adjtimex(timex: ctypes.Structure) -> int:
+        assert isinstance(timex, Timex) and timex.modes == 0, "it would set the clock"
+        timex.maxerror = maxerror_us
+        return answer
+
+    return adjtimex
+
+
+@pytest.mark.parametrize(
+    ("maxerror_us", "answer", "quality"),
+    [
+        (0, 0, NTP),
+        (250_000, 0, NTP),
+        (250_000, 5, NTP),  # TIME_ERROR, and yet kept: a chrony that does not set the battery-backed clock
+        (MAXERROR_US_UNSET - 1, 0, NTP),
+        (MAXERROR_US_UNSET, 5, RTC),
+        (MAXERROR_US_UNSET + 1, 0, RTC),
+        (0, -1, RTC),  # forbidden here
+    ],
+)
+def test_the_kernel_says_whether_somebody_keeps_its_clock(
+    maxerror_us: int, answer: int, quality: TimeQuality
+) -> None:
+    assert kernel_quality(kernel(maxerror_us, answer)) == quality
+
+
+def test_a_system_that_cannot_be_asked_has_a_clock_that_nobody_keeps() -> None:
+    def absent(_: ctypes.Structure) -> int:
+        raise AttributeError("undefined symbol: adjtimex")
+
+    assert kernel_quality(absent) == RTC
+
+
+class WholeTimex(ctypes.Structure):
+    """`struct timex` as adjtimex(2) has it, up to a field whose value is known."""
+
+    _fields_ = (
+        *Timex._fields_[:-1],
+        ("esterror", ctypes.c_long), ("status", ctypes.c_int), ("constant", ctypes.c_long),
+        ("precision", ctypes.c_long), ("tolerance", ctypes.c_long), ("seconds", ctypes.c_long),
+    )  # fmt: skip
+
+
+def test_the_machine_itself_can_be_asked() -> None:
+    """Were the layout another, the time behind the field that is read would be nonsense."""
+    found = []
+
+    def adjtimex(timex: ctypes.Structure) -> int:
+        whole = WholeTimex.from_buffer(timex)
+        answer: int = ctypes.CDLL(None).adjtimex(ctypes.byref(whole))
+        found.append(whole.seconds)
+        return answer
+
+    before_s = int(time.time())
+    quality = kernel_quality(adjtimex)
+    assert quality in (RTC, NTP) and quality == kernel_quality()
+    if found[0]:
+        assert before_s - 1 <= found[0] <= time.time() + 1
+
+
+def test_the_clock_is_asked_at_every_look_and_tells_when_it_gains_a_keeper() -> None:
+    mono_ns, wall_ns, quality = 0, 17, RTC
+    clock = SystemClock(lambda: mono_ns, lambda: wall_ns, lambda: quality)
+    assert clock.look() == (Now(0), None)
+    mono_ns, wall_ns = NS_PER_S, GOOD_NS  # somebody read a battery-backed clock
+    assert clock.look()[1] == Offset(mono_ns, GOOD_NS, GOOD_NS - mono_ns, RTC, first=True)
+    mono_ns, wall_ns, quality = 2 * NS_PER_S, GOOD_NS + 61 * NS_PER_S, NTP
+    now, offset = clock.look()
+    assert now == Now(mono_ns, wall_ns, NTP) and clock.now() == now
+    assert offset == Offset(mono_ns, wall_ns, 60 * NS_PER_S, NTP, first=False)
+    quality = RTC  # nobody was reached for hours
+    assert clock.look() == (Now(mono_ns, wall_ns, RTC), None)
 
 
 def test_a_deadline_counts_down_and_passes() -> None:

@@ -45,6 +45,21 @@ def test_a_shorter_value_over_a_longer_one_reads_back(tmp_path: Path) -> None:
         assert copies.read() is not None and copies.read()[1] == value  # type: ignore[index]
 
 
+def test_a_value_in_both_copies_outlives_either_and_is_written_no_more(tmp_path: Path) -> None:
+    copies = TwoCopies(OsStorage(), str(tmp_path), "v")
+    copies.write(b"older")
+    for value in (b"newer", b"newest", b"newer"):
+        copies.write_both(value)
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        copies.write_both(value)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        for path, raw in before.items():
+            path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+            found = copies.read()
+            assert found is not None and found[1] == value
+            copies.write_both(value)
+
+
 @pytest.mark.parametrize("survivor", [0, 1])
 def test_the_newest_whole_copy_is_never_the_one_overwritten(tmp_path: Path, survivor: int) -> None:
     copies = TwoCopies(OsStorage(), str(tmp_path), "v")

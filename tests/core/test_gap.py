@@ -111,6 +111,28 @@ def test_after_a_kill_the_gap_is_an_upper_bound_from_the_last_note(starts: Start
     assert (told["since"], told["gap_s"], told["upper_bound"]) == (1, 2.0, True)
 
 
+def test_over_a_boot_the_gap_is_told_again_once_the_clock_is_vouched_for(
+    starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Pi's clock is set seconds after its first frame."""
+    monkeypatch.setattr("tbox.gap._boot_id", lambda _: "one")
+    spans = {"can0": (10 * NS_PER_S, 20 * NS_PER_S), "can1": (10 * NS_PER_S, 20 * NS_PER_S)}
+    starts.next().note(spans, Now(20 * NS_PER_S, WALL_NS, NTP), final=True)
+    monkeypatch.setattr("tbox.gap._boot_id", lambda _: "two")
+    rebooted, first = starts.next(), {"can0": (3 * NS_PER_S, 4 * NS_PER_S), "can1": None}
+    (told,) = rebooted.tell(first, Now(4 * NS_PER_S, WALL_NS - 3600 * NS_PER_S, RTC))
+    assert told["gap_s"] is None
+    assert rebooted.tell(first, Now(5 * NS_PER_S, WALL_NS - 3599 * NS_PER_S, RTC)) == []
+    second = first | {"can1": (8 * NS_PER_S, 8 * NS_PER_S)}
+    can1, can0 = rebooted.tell(second, Now(9 * NS_PER_S, WALL_NS + 30 * NS_PER_S, NTP))
+    assert can0 == {
+        "event": "frames_resumed", "bus": "can0", "since": 1, "gap_s": 24.0, "clock": "wall",
+        "upper_bound": False,
+    }  # fmt: skip
+    assert (can1["bus"], can1["gap_s"]) == ("can1", 29.0)
+    assert rebooted.tell(second, Now(10 * NS_PER_S, WALL_NS + 31 * NS_PER_S, NTP)) == []
+
+
 @pytest.mark.parametrize("harm", ["missing", "torn", "not what was written"])
 def test_without_the_notes_the_gap_is_unknown_and_they_begin_anew(
     tmp_path: Path, starts: Starts, harm: str

@@ -201,7 +201,7 @@ def test_an_unknown_algorithm_in_a_root_is_refused(repository: Repository, devic
     signer = repository.signers["root"][0]
     repository.root.keys[signer.public_key.keyid].scheme = "magic"
     repository.publish("root")
-    with pytest.raises(MetadataError):
+    with pytest.raises(MetadataError, match=r"root\.json: malformed: .*ed25519/magic"):
         device.refresh()
 
 
@@ -339,11 +339,29 @@ def test_a_floor_lapses_only_when_the_keys_that_set_it_no_longer_suffice(
 # --- versions, sizes, times --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [(1 << 63) - 1, 1 << 63, 1 << 64, VERSION_MAX + 1, 0, -1, 1.0, "2", True])
-def test_a_version_out_of_bounds_is_refused(repository: Repository, device: Device, version: Any) -> None:
+OUT_OF_BOUNDS = "version is not a number from 1"
+
+
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [
+        ((1 << 63) - 1, OUT_OF_BOUNDS),
+        (1 << 63, OUT_OF_BOUNDS),
+        (1 << 64, OUT_OF_BOUNDS),
+        (VERSION_MAX + 1, OUT_OF_BOUNDS),
+        (True, OUT_OF_BOUNDS),
+        (0, "must be > 0"),
+        (-1, "must be > 0"),
+        (1.0, "Could not encode"),
+        ("2", "'str' and 'int'"),
+    ],
+)
+def test_a_version_out_of_bounds_is_refused(
+    repository: Repository, device: Device, version: Any, why: str
+) -> None:
     raw = edited(repository.served["timestamp"][-1], version=version)
     repository.served["timestamp"][-1] = raw
-    with pytest.raises(MetadataError):
+    with pytest.raises(MetadataError, match=rf"timestamp\.json: .*{why}"):
         device.refresh()
 
 
@@ -380,7 +398,7 @@ def test_a_length_in_the_snapshot_above_the_limit_does_not_lift_it(
         wanted.append(length_max)
         return repository.fetch(path, length_max)
 
-    with pytest.raises(MetadataError):
+    with pytest.raises(MetadataError, match=r"targets\.json: is not the file that snapshot\.json tells of"):
         drive(refresh(device.trusted(), START), fetch)
     assert max(wanted) == workflow.TARGETS_BYTES_MAX
 
@@ -422,27 +440,27 @@ def test_what_is_no_metadata_is_refused(repository: Repository, device: Device, 
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "why"),
     [
-        {"expires": "2100-01-01"},
-        {"expires": "tomorrow"},
-        {"expires": None},
-        {"spec_version": "2.0.0"},
-        {"spec_version": "x"},
-        {"meta": {}},
-        {"meta": {"snapshot.json": {"version": "1"}}},
-        {"meta": {"snapshot.json": {"version": 1.5}}},
-        {"meta": {"snapshot.json": {"version": 1, "hashes": {}}}},
-        {"meta": {"snapshot.json": {"version": 1, "length": -1}}},
-        {"half": 0.5},
-        {"lone": "\ud800"},
+        ({"expires": "2100-01-01"}, "'2100-01-01' does not match"),
+        ({"expires": "tomorrow"}, "'tomorrow' does not match"),
+        ({"expires": None}, "must be str, not None"),
+        ({"spec_version": "2.0.0"}, "Unsupported spec_version"),
+        ({"spec_version": "x"}, "parse spec_version"),
+        ({"meta": {}}, "snapshot.json"),
+        ({"meta": {"snapshot.json": {"version": "1"}}}, "'str' and 'int'"),
+        ({"meta": {"snapshot.json": {"version": 1.5}}}, "Could not encode"),
+        ({"meta": {"snapshot.json": {"version": 1, "hashes": {}}}}, "Hashes must be"),
+        ({"meta": {"snapshot.json": {"version": 1, "length": -1}}}, "Length must be"),
+        ({"half": 0.5}, "Could not encode"),
+        ({"lone": "\ud800"}, "surrogates"),
     ],
 )
 def test_fields_that_make_no_sense_are_refused(
-    repository: Repository, device: Device, fields: dict[str, Any]
+    repository: Repository, device: Device, fields: dict[str, Any], why: str
 ) -> None:
     repository.served["timestamp"][-1] = edited(repository.served["timestamp"][-1], **fields)
-    with pytest.raises(MetadataError):
+    with pytest.raises(MetadataError, match=rf"timestamp\.json: malformed: .*{why}"):
         device.refresh()
 
 

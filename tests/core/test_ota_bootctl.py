@@ -47,12 +47,12 @@ def test_noise_is_refused(raw: bytes) -> None:
 
 def test_contradictions_are_refused() -> None:
     entry = GOOD.b
-    for wrong in (
-        msgspec.structs.replace(entry, priority=0),
-        msgspec.structs.replace(entry, tries_left=1),
-        msgspec.structs.replace(entry, successful=False, sha256=""),
+    for wrong, why in (
+        (msgspec.structs.replace(entry, priority=0), "contradicts itself"),
+        (msgspec.structs.replace(entry, tries_left=1), "contradicts itself"),
+        (msgspec.structs.replace(entry, successful=False, sha256=""), "would start an empty slot"),
     ):
-        with pytest.raises(BootControlError):
+        with pytest.raises(BootControlError, match=why):
             bootctl.decode(bootctl.encode(GOOD.with_slots("b", wrong)))
     both = GOOD.with_slots("a", msgspec.structs.replace(GOOD.a, priority=boot.PRIORITY_ACTIVE))
     with pytest.raises(BootControlError, match="two active"):

@@ -37,7 +37,7 @@ class Rig:
         slot: boot.SlotName = "a",
         **device: Any,
     ) -> None:
-        own = e.Device("vehicle", b"key", slot, lambda requires: "", **device)
+        own = e.Device("vehicle", b"key", slot, lambda requires: "", kind="raw", **device)
         self.engine = Engine(SETTINGS, own, control, journal or Journal())
         self.offer: Offer | None = Offer(target=NEW, manifest=b"m")
         self.vitals, self.proof = PARKED, HEALTHY
@@ -196,6 +196,7 @@ def test_nothing_new_changes_nothing(offer: Offer | None) -> None:
     rig.offer = offer
     assert rig.run(50) is State.IDLE
     assert rig.of(e.Commit) == [] and len(rig.of(e.Check)) == 1
+    assert rig.engine.status()["offered"] is None
 
 
 def test_a_refusal_is_told_with_its_reason() -> None:

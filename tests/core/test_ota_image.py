@@ -101,47 +101,86 @@ def _info(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, link: str = "
     return info
 
 
-HOSTILE: dict[str, bytes] = {
-    "dot dot": hostile(_info("../out")),
-    "dot dot inside": hostile(_info("d", tarfile.DIRTYPE), _info("d/../../out")),
-    "absolute": hostile(_info("/tmp/out")),
-    "dot": hostile(_info("./out")),
-    "double slash": hostile(_info("d", tarfile.DIRTYPE), _info("d//out")),
-    "symlink out": hostile(_info("link", tarfile.SYMTYPE, link="/etc")),
-    "symlink then file": hostile(_info("link", tarfile.SYMTYPE, link="/tmp"), _info("link/out")),
-    "symlink inside": hostile(_info("link", tarfile.SYMTYPE, link="d")),
-    "hardlink": hostile(_info("link", tarfile.LNKTYPE, link=image.HEADER_NAME)),
-    "character device": hostile(_info("null", tarfile.CHRTYPE)),
-    "block device": hostile(_info("disk", tarfile.BLKTYPE)),
-    "fifo": hostile(_info("pipe", tarfile.FIFOTYPE)),
-    "sparse": hostile(_info("sparse", tarfile.GNUTYPE_SPARSE)),
-    "contiguous": hostile(_info("cont", tarfile.CONTTYPE)),
-    "the same path twice": hostile(_info("x"), _info("x")),
-    "header twice": hostile(_info(image.HEADER_NAME)),
-    "file as directory": hostile(_info("x"), _info("x/y")),
-    "directory missing": hostile(_info("x/y")),
-    "pax": hostile(_info("ü" * 120), fmt=tarfile.PAX_FORMAT),
-    "GNU long name": hostile(_info("x" * 150), fmt=tarfile.GNU_FORMAT),
-    "newline in a name": hostile(_info("a\nb")),
-    "set-uid": hostile(_info("x")).replace(b"0000644\0", b"0004755\0"),
-    "no header": b"".join(image._member("x", b"0", 0o644, 0)) + bytes(1024),
-    "empty": b"",
-    "only the end": bytes(1024),
-    "trailing bytes": hostile() + b"!",
-    "trailing block": hostile() + bytes(512),
-    "size past the end": b"".join(image._member(image.HEADER_NAME, b"0", 0o644, 1 << 30)) + bytes(1024),
-}
+def _set_uid() -> bytes:
+    """A file of mode 4755, its checksum right."""
+    plain = b"".join(image._member("x", b"0", 0o644, 0))
+    return hostile().removesuffix(bytes(1024)) + _with_checksum(plain, 100, b"0004755") + bytes(1024)
+
+
+def _gnu_long_name() -> bytes:
+    """GNU tar's way to a long name: a member of type L that holds it, before the member itself."""
+    name = b"x" * 150 + b"\0"
+    member = _with_checksum(b"".join(image._member("link", b"0", 0o644, len(name))), 156, b"L")
+    end = b"".join(image._member("short", b"0", 0o644, 0)) + bytes(1024)
+    return hostile().removesuffix(bytes(1024)) + member + name.ljust(512, b"\0") + end
+
+
+def _with_checksum(block: bytes, at: int, field: bytes) -> bytes:
+    changed = bytearray(block)
+    changed[at : at + len(field)] = field
+    changed[148:156] = b" " * 8
+    changed[148:156] = b"%06o\0 " % sum(changed)
+    return bytes(changed)
+
+
+LEAVES, LINK = "path leaves the tree", "only regular files and directories"
+# name -> the archive, and the reason it is refused for
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "dot dot": (hostile(_info("../out")), LEAVES),
+    "dot dot inside": (hostile(_info("d", tarfile.DIRTYPE), _info("d/../../out")), LEAVES),
+    "absolute": (hostile(_info("/tmp/out")), "path is absolute"),
+    "dot": (hostile(_info("./out")), LEAVES),
+    "double slash": (hostile(_info("d", tarfile.DIRTYPE), _info("d//out")), LEAVES),
+    "symlink out": (hostile(_info("link", tarfile.SYMTYPE, link="/etc")), LINK),
+    "symlink then file": (
+        hostile(_info("link", tarfile.SYMTYPE, link="/tmp"), _info("link/out")), LINK
+    ),
+    "symlink inside": (hostile(_info("link", tarfile.SYMTYPE, link="d")), LINK),
+    "hardlink": (hostile(_info("link", tarfile.LNKTYPE, link=image.HEADER_NAME)), LINK),
+    "character device": (hostile(_info("null", tarfile.CHRTYPE)), LINK),
+    "block device": (hostile(_info("disk", tarfile.BLKTYPE)), LINK),
+    "fifo": (hostile(_info("pipe", tarfile.FIFOTYPE)), LINK),
+    "sparse": (hostile(_info("sparse", tarfile.GNUTYPE_SPARSE)), LINK),
+    "contiguous": (hostile(_info("cont", tarfile.CONTTYPE)), LINK),
+    "the same path twice": (hostile(_info("x"), _info("x")), "the same path twice"),
+    "header twice": (hostile(_info(image.HEADER_NAME)), "the same path twice"),
+    "file as directory": (hostile(_info("x"), _info("x/y")), "its directory is missing or a file"),
+    "directory missing": (hostile(_info("x/y")), "its directory is missing or a file"),
+    "pax": (hostile(_info("ü" * 120), fmt=tarfile.PAX_FORMAT), LINK),
+    "GNU long name": (_gnu_long_name(), LINK),
+    "GNU tar": (hostile(_info("x"), fmt=tarfile.GNU_FORMAT), "not a plain ustar member"),
+    "newline in a name": (hostile(_info("a\nb")), "do not print"),
+    "set-uid": (_set_uid(), "mode is neither 644 nor 755"),
+    "no header": (
+        b"".join(image._member("x", b"0", 0o644, 0)) + bytes(1024), "does not begin with tbox-image.json"
+    ),
+    "empty": (b"", "ends in the middle"),
+    "only the end": (bytes(1024), "no header of a sane size"),
+    "no words in the header": (
+        b"".join(image._member(image.HEADER_NAME, b"0", 0o644, 1)) + b"?".ljust(512, b"\0") + bytes(1024),
+        "image header is malformed",
+    ),
+    "trailing bytes": (hostile() + b"!", "bytes follow the end"),
+    "trailing block": (hostile() + bytes(512), "bytes follow the end"),
+    "size past the end": (
+        b"".join(image._member(image.HEADER_NAME, b"0", 0o644, 1 << 30)) + bytes(1024), "past the end"
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_archive_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ImageError):
-        unpack(HOSTILE[name], tmp_path / "tree")
+def test_a_hostile_archive_is_refused_for_what_it_holds(name: str, tmp_path: Path) -> None:
+    archive, why = HOSTILE[name]
+    with pytest.raises(ImageError, match=why):
+        unpack(archive, tmp_path / "tree")
     assert sorted(path.name for path in tmp_path.iterdir()) in ([], ["tree"])
+    with pytest.raises(ImageError, match=why):
+        image.check(reader(archive), len(archive))
 
 
-def test_the_hostile_archives_are_refused_for_what_they_hold(tmp_path: Path) -> None:
-    assert unpack(hostile(_info("fine")), tmp_path / "tree").name == "app"
+def test_what_holds_nothing_hostile_comes_in(tmp_path: Path) -> None:
+    fine = hostile(_info("fine"))
+    assert unpack(fine, tmp_path / "tree") == image.check(reader(fine), len(fine))
 
 
 def test_what_was_unpacked_is_what_was_hashed(tmp_path: Path) -> None:

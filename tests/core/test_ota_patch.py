@@ -93,46 +93,62 @@ def test_noise_is_refused(noise: bytes, length: int) -> None:
 
 
 BIG = (1 << 63) - 1
-FORGED: dict[str, bytes] = {
-    "negative length": forged([(4, 0, 0)], b"0000", b"", -4),
-    "huge length": forged([(4, 0, 0)], b"0000", b"", BIG),
-    "another length than signed": forged([(5, 0, 0)], b"00000", b"", 5),
-    "negative add": forged([(-4, 8, 0)], b"", b"00000000", 4),
-    "negative copy": forged([(8, -4, 0)], b"0" * 8, b"", 4),
-    "add past the new image": forged([(BIG, 0, 0)], b"0000", b"", 4),
-    "copy past the new image": forged([(0, BIG, 0)], b"", b"0000", 4),
-    "sum wraps": forged([(BIG, BIG, 0)], b"", b"", 4),
-    "reads before the base": forged([(1, 0, -9), (3, 0, 0)], b"0000", b"", 4),
-    "reads past the base": forged([(1, 0, 6), (3, 0, 0)], b"0000", b"", 4),
-    "seek to the end of numbers": forged([(1, 0, BIG), (3, 0, 0)], b"0000", b"", 4),
-    "diff too short": forged([(4, 0, 0)], b"000", b"", 4),
-    "extra too short": forged([(0, 4, 0)], b"", b"000", 4),
-    "diff left over": forged([(4, 0, 0)], b"00000", b"", 4),
-    "extra left over": forged([(0, 4, 0)], b"", b"00000", 4),
-    "control left over": forged([(4, 0, 0), (0, 0, 0)], b"0000", b"", 4),
-    "control too short": forged([(1, 0, 0)], b"0", b"", 4),
-    "trailing bytes": forged([(4, 0, 0)], b"0000", b"", 4, tail=b"!"),
-    "a second stream behind": forged([(4, 0, 0)], b"0000", b"", 4, tail=bz2.compress(b"more")),
-    "triples that do nothing": forged([(0, 0, 0)] * 100_000, b"", b"0000", 4),
-    "expands a thousand times": forged([(0, 4, 0)], b"", bytes(64 << 20), 4),
-    "section lengths past the file": b"BSDIFF40" + number(1 << 40) + number(8) + number(4) + b"BZh",
-    "negative section": b"BSDIFF40" + number(-32) + number(64) + number(4) + bytes(64),
-    "truncated header": b"BSDIFF40" + bytes(10),
-    "another format": b"ENDSLEY/BSDIFF43" + bytes(100),
-    "empty": b"",
-}
+OUT, BASE = "writes outside the new image", "reads outside the base image"
+NOT = "not a BSDIFF40 patch"
+# name -> the patch, and the reason it is refused for
+FORGED: dict[str, tuple[bytes, str]] = {
+    "negative length": (forged([(4, 0, 0)], b"0000", b"", -4), "yields -4 bytes and 4 are signed"),
+    "huge length": (forged([(4, 0, 0)], b"0000", b"", BIG), "yields 9223372036854775807 bytes"),
+    "another length than signed": (forged([(5, 0, 0)], b"00000", b"", 5), "yields 5 bytes"),
+    "negative add": (forged([(-4, 8, 0)], b"", b"00000000", 4), OUT),
+    "negative copy": (forged([(8, -4, 0)], b"0" * 8, b"", 4), OUT),
+    "add past the new image": (forged([(BIG, 0, 0)], b"0000", b"", 4), OUT),
+    "copy past the new image": (forged([(0, BIG, 0)], b"", b"0000", 4), OUT),
+    "sum wraps": (forged([(BIG, BIG, 0)], b"", b"", 4), OUT),
+    "reads before the base": (forged([(1, 0, -9), (3, 0, 0)], b"0000", b"", 4), BASE),
+    "reads past the base": (forged([(1, 0, 1 << 40), (3, 0, 0)], b"0000", b"", 4), BASE),
+    "seek to the end of numbers": (forged([(1, 0, BIG), (3, 0, 0)], b"0000", b"", 4), BASE),
+    "diff too short": (forged([(4, 0, 0)], b"000", b"", 4), "diff stream ends too early"),
+    "extra too short": (forged([(0, 4, 0)], b"", b"000", 4), "extra stream ends too early"),
+    "diff left over": (forged([(4, 0, 0)], b"00000", b"", 4), "left over in the diff"),
+    "extra left over": (forged([(0, 4, 0)], b"", b"00000", 4), "left over in the extra"),
+    "control left over": (forged([(4, 0, 0), (0, 0, 0)], b"0000", b"", 4), "left over in the control"),
+    "control too short": (forged([(1, 0, 0)], b"0", b"", 4), "control stream ends too early"),
+    "trailing bytes": (forged([(4, 0, 0)], b"0000", b"", 4, tail=b"!"), "bytes follow the extra"),
+    "a second stream behind": (
+        forged([(4, 0, 0)], b"0000", b"", 4, tail=bz2.compress(b"more")), "bytes follow the extra"
+    ),
+    "triples that do nothing": (forged([(0, 0, 0)] * 100_000, b"", b"0000", 4), "triples that do nothing"),
+    "expands a thousand times": (forged([(0, 4, 0)], b"", bytes(64 << 20), 4), "left over in the extra"),
+    "section lengths past the file": (
+        b"BSDIFF40" + number(1 << 40) + number(8) + number(4) + b"BZh", "do not fit the file"
+    ),
+    "negative section": (
+        b"BSDIFF40" + number(-32) + number(64) + number(4) + bytes(64), "do not fit the file"
+    ),
+    "truncated header": (b"BSDIFF40" + bytes(10), NOT),
+    "another format": (b"ENDSLEY/BSDIFF43" + bytes(100), NOT),
+    "empty": (b"", NOT),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_a_forged_patch_is_refused(name: str) -> None:
-    with pytest.raises(PatchError):
-        applied(b"base!", FORGED[name], 4)
+def test_a_forged_patch_is_refused_for_what_it_does(name: str) -> None:
+    forgery, why = FORGED[name]
+    with pytest.raises(PatchError, match=why):
+        applied(b"base!", forgery, 4)
+
+
+def test_the_base_is_read_to_its_last_byte_and_not_one_further() -> None:
+    assert applied(b"base!", forged([(1, 0, 1), (3, 0, 0)], bytes(4), b"", 4), 4) == b"bse!"
+    with pytest.raises(PatchError, match=BASE):
+        applied(b"base!", forged([(1, 0, 2), (3, 0, 0)], bytes(4), b"", 4), 4)
 
 
 def test_nothing_is_yielded_beyond_the_signed_length_by_a_bomb() -> None:
     made = 0
-    with pytest.raises(PatchError):
-        for block in blocks(b"base!", FORGED["expands a thousand times"], 4):
+    with pytest.raises(PatchError, match="left over in the extra"):
+        for block in blocks(b"base!", FORGED["expands a thousand times"][0], 4):
             made += len(block)
     assert made <= 4
 

@@ -40,7 +40,7 @@ def switch(
 
 def admitted(target: VerifiedTarget, control: BootControl = GOOD, missing: str = "", **settings: Any) -> str:
     own = msgspec.structs.replace(SETTINGS, **settings)
-    return policy.not_admitted(target, control, "b", own, lambda requires: missing)
+    return policy.not_admitted(target, control, "b", own, lambda requires: missing, "raw")
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,10 @@ def test_nobody_is_in_a_cohort_of_nothing() -> None:
     ("target", "reason"),
     [
         (target_of(b"next", 3, hardware_ids=("another",)), "for hardware another"),
+        (
+            target_of(b"next", 3, kind="app"),
+            "of kind app, and the boot loader here starts",
+        ),
         (target_of(b"new", 2), "runs already"),
         (target_of(b"other", 2), "a downgrade"),
         (target_of(b"old", 1), "a downgrade"),
@@ -174,7 +178,7 @@ def test_what_failed_here_before_is_not_tried_again() -> None:
     control = boot.activate(FACTORY, "a").with_slots("b", TRIAL.b)
     failed = boot.fail(control, "b", "crashed")
     assert (
-        policy.not_admitted(target_of(b"new", 2), failed, "a", SETTINGS, lambda _: "")
+        policy.not_admitted(target_of(b"new", 2), failed, "a", SETTINGS, lambda _: "", "raw")
         == "was given up before: crashed"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -47,46 +48,58 @@ def test_another_file_is_no_release() -> None:
     assert release_of(TargetFile(1, {"sha256": SHA}, "x", {"custom": "text"})) is None
 
 
-BAD: dict[str, dict[str, Any]] = {
-    "counter absent": {"security_counter": None},
-    "counter zero": {"security_counter": 0},
-    "counter negative": {"security_counter": -1},
-    "counter a fraction": {"security_counter": 1.5},
-    "counter a word": {"security_counter": "3"},
-    "counter beyond 31 bits": {"security_counter": 1 << 31},
-    "size negative": {"length": -1},
-    "size beyond any slot": {"length": 1 << 40},
-    "digest short": {"sha256": "ab"},
-    "digest in capitals": {"sha256": "C" * 64},
-    "no hardware": {"hardware_ids": []},
-    "hardware a word": {"hardware_ids": "tbox-sim"},
-    "too much hardware": {"hardware_ids": [f"h{n}" for n in range(65)]},
-    "kind unknown": {"kind": "firmware"},
-    "codec unknown": {"codec": "gzip"},
-    "cohort above all": {"cohort_basis_points": 10_001},
-    "cohort in per cent": {"cohort_percent": 5},
-    "window beyond the day": {"window": {"begin_minute": 1440, "end_minute": 0}},
-    "name smuggled in": {"name": "app/other.img"},
-    "file smuggled in": {"full": {"name": "x", "length": 1, "sha256": SHA}},
-    "field unknown": {"autorun": True},
-    "delta of negative size": {"deltas": [{"base_sha256": SHA, "name": "d", "length": -5, "sha256": SHA}]},
-    "too many deltas": {
-        "deltas": [{"base_sha256": SHA, "name": f"d{n}", "length": 5, "sha256": SHA} for n in range(17)]
-    },
-    "emergency without a reason": {"emergency": {"floor_max": 3}},
-}
+COUNTER, LENGTH, DIGEST = "- at `$.security_counter`", "- at `$.length`", "- at `$.sha256`"
+DELTA = {"base_sha256": SHA, "name": "d", "length": 5, "sha256": SHA}
+# case -> what is signed instead, and the reason it is refused for
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "counter absent": ({"security_counter": None}, "missing required field `security_counter`"),
+    "counter zero": ({"security_counter": 0}, f">= 1 {COUNTER}"),
+    "counter negative": ({"security_counter": -1}, f">= 1 {COUNTER}"),
+    "counter a fraction": ({"security_counter": 1.5}, f"got `float` {COUNTER}"),
+    "counter a word": ({"security_counter": "3"}, f"got `str` {COUNTER}"),
+    "counter beyond 31 bits": ({"security_counter": 1 << 31}, f"<= 2147483647 {COUNTER}"),
+    "size negative": ({"length": -1}, f">= 0 {LENGTH}"),
+    "size beyond any slot": ({"length": 1 << 40}, f"<= {8 << 30} {LENGTH}"),
+    "digest short": ({"sha256": "ab"}, DIGEST),
+    "digest and a line end": ({"sha256": f"{SHA}\n"}, DIGEST),
+    "version and a line end": ({"version": "1.0\n"}, "- at `$.version`"),
+    "digest in capitals": ({"sha256": "C" * 64}, DIGEST),
+    "no hardware": ({"hardware_ids": []}, "length >= 1 - at `$.hardware_ids`"),
+    "hardware a word": ({"hardware_ids": "tbox-sim"}, "got `str` - at `$.hardware_ids`"),
+    "too much hardware": (
+        {"hardware_ids": [f"h{n}" for n in range(65)]}, "length <= 64 - at `$.hardware_ids`"
+    ),
+    "kind unknown": ({"kind": "firmware"}, "'firmware' - at `$.kind`"),
+    "codec unknown": ({"codec": "gzip"}, "'gzip' - at `$.full.codec`"),
+    "cohort above all": ({"cohort_basis_points": 10_001}, "<= 10000"),
+    "cohort in per cent": ({"cohort_percent": 5}, "its custom part is malformed"),
+    "window beyond the day": (
+        {"window": {"begin_minute": 1440, "end_minute": 0}}, "<= 1439 - at `$.window.begin_minute`"
+    ),
+    "name smuggled in": ({"name": "app/other.img"}, "its custom part is malformed"),
+    "file smuggled in": (
+        {"full": {"name": "x", "length": 1, "sha256": SHA}}, "its custom part is malformed"
+    ),
+    "field unknown": ({"autorun": True}, "unknown field `autorun`"),
+    "delta of negative size": ({"deltas": [DELTA | {"length": -5}]}, ">= 0 - at `$.deltas[0].length`"),
+    "too many deltas": ({"deltas": [DELTA] * 17}, "length <= 16 - at `$.deltas`"),
+    "emergency without a reason": (
+        {"emergency": {"floor_max": 3}}, "missing required field `reason` - at `$.emergency`"
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_custom_field_out_of_bounds_is_refused(case: str) -> None:
-    custom = {key: value for key, value in (GOOD | BAD[case]).items() if value is not None}
-    with pytest.raises(MetadataError):
+    change, why = BAD[case]
+    custom = {key: value for key, value in (GOOD | change).items() if value is not None}
+    with pytest.raises(MetadataError, match=re.escape(why)):
         release_of(file_of(custom))
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x", " x", "", "x" * 201, "a\nb", "ü"])
 def test_a_target_of_an_odd_name_is_no_release(path: str) -> None:
-    with pytest.raises(MetadataError):
+    with pytest.raises(MetadataError, match=r"- at `\$\.name`"):
         release_of(file_of(GOOD, path))
 
 
@@ -229,24 +242,29 @@ def test_a_proof_is_taken_apart_and_put_together_in_vain(
     stranger = Repository(first_key=50)
     stranger.publish("root")
     cases = {
-        "another target of the role": encoded(manifest, target="app/2.img"),
-        "a target the role was not given": encoded(manifest, target="raw/1.img"),
-        "without the top": encoded(manifest, roles=(apps,)),
-        "the top alone": encoded(manifest, roles=(targets,)),
-        "the top twice": encoded(manifest, roles=(targets, targets)),
-        "renamed": encoded(manifest, roles=(targets, ("other", apps[1]))),
-        "of another repository": encoded(manifest, roots=tuple(stranger.served["root"])),
-        "without roles": encoded(manifest, roles=()),
-        "changed": encoded(manifest, roles=(targets, (apps[0], apps[1].replace(b'":9', b'":8')))),
-        "cut": encoded(manifest)[:-1],
-        "too big": bytes(MANIFEST_BYTES_MAX + 1),
-        "empty": b"",
-    }
-    for case, raw in cases.items():
-        with pytest.raises(Refused):
+        "another target of the role": (encoded(manifest, target="app/2.img"), "does not tell of its target"),
+        "a target the role was not given": (encoded(manifest, target="raw/1.img"), "does not delegate"),
+        "without the top": (encoded(manifest, roles=(apps,)), "does not begin with targets.json"),
+        "the top alone": (encoded(manifest, roles=(targets,)), "does not tell of its target"),
+        "the top twice": (encoded(manifest, roles=(targets, targets)), "does not delegate"),
+        "renamed": (encoded(manifest, roles=(targets, ("other", apps[1]))), "does not delegate"),
+        "of another repository": (
+            encoded(manifest, roots=tuple(stranger.served["root"])), "signed by 0 of the 1"
+        ),
+        "without roles": (encoded(manifest, roles=()), "the stored proof is malformed"),
+        "changed": (
+            encoded(manifest, roles=(targets, (apps[0], apps[1].replace(b'":9', b'":8')))),
+            "apps.json: signed by 0 of the 1",
+        ),
+        "cut": (encoded(manifest)[:-1], "the stored proof is malformed"),
+        "too big": (bytes(MANIFEST_BYTES_MAX + 1), "the stored proof is too big"),
+        "empty": (b"", "the stored proof is malformed"),
+    }  # fmt: skip
+    for case, (raw, why) in cases.items():
+        with pytest.raises(Refused, match=why):
             verify_manifest(raw, root)
             pytest.fail(case)
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match="signed by 0 of the 1"):
         verify_manifest(encoded(manifest), stranger.served["root"][0])
 
 

@@ -85,7 +85,15 @@ def test_a_halt_lasts_until_a_person_resumes_it() -> None:
     _, halted, _ = decide(Progress(sha256=IMAGE, stage=2), bad, 10, SETTINGS)
     good = counted(outcomes(Kind.TRIED, 1000), outcomes(Kind.GOOD, 1000, 9))
     assert decide(halted, good, 100 * DAY_S, SETTINGS).step is Step.HALT
-    assert resume(halted, 5.0) == Progress(sha256=IMAGE, stage=0, since_s=5.0)
+    assert resume(halted, 5.0) == Progress(sha256=IMAGE, stage=0, since_s=5.0, from_s=5.0)
+
+
+def test_what_was_said_before_a_rollout_was_resumed_is_past() -> None:
+    said = [*outcomes(Kind.TRIED, 100), *outcomes(Kind.FAILED, 3, 1000), *outcomes(Kind.GOOD, 50, 5000)]
+    assert tally(said, IMAGE, 900, 1000).worst_failed == 3
+    assert tally(said, IMAGE, 900, 1000.5) == Tally(50, 50, 0, 0)
+    resumed = resume(Progress(sha256=IMAGE, halted="crashes"), 1001)
+    assert tally(said, IMAGE, 900, resumed.from_s).failed == 0
 
 
 def test_it_waits_for_verdicts_and_for_enough_good_ones() -> None:

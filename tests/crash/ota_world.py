@@ -61,7 +61,7 @@ def target_of(image: bytes, counter: int, **changes: object) -> VerifiedTarget:
     values: dict[str, object] = {
         "name": f"app/{counter}.img",
         "version": f"{counter}.0",
-        "kind": "app",
+        "kind": "raw",
         "length": len(image),
         "sha256": sha256(image),
         "security_counter": counter,
@@ -246,7 +246,7 @@ def run_agent(
     """Run the agent's update thread until it asks for a restart (True) or has nothing left to do."""
     journal = TwoCopies(flash, DATA, JOURNAL_STEM)
     control = ctl.read()
-    device = Device("vehicle", b"key", slot, lambda requires: "")
+    device = Device("vehicle", b"key", slot, lambda requires: "", kind="raw")
     engine = Engine(SETTINGS, device, control, load_journal(journal))
     ports = Ports(world, is_new)
 

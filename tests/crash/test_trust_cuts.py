@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 import pytest
 
-from tbox.durable import TwoCopies, frame
+from tbox.durable import frame
 from tbox.errors import Refused
 from tbox.ota.metadata import Floors, MetadataError, TrustedSet
 from tbox.ota.trust import TrustClient
@@ -259,19 +259,18 @@ class FloorsLast(TrustStore):
 class FloorsInOneCopy(TrustStore):
     """Writes the floors over themselves."""
 
-    @staticmethod
-    def _write(copies: TwoCopies, payload: bytes) -> None:
+    def _keep_floors(self, floors: Floors) -> None:
         path = f"{FLOORS}/{FLOORS_STEM}.0"
-        copies._storage.write(path, frame(1, payload))
-        copies._storage.fsync(path)
-        copies._storage.fsync_dir(FLOORS)
+        self._storage.write(path, frame(1, msgspec.msgpack.encode(floors)))
+        self._storage.fsync(path)
+        self._storage.fsync_dir(FLOORS)
 
 
 class InPlace(TrustStore):
     """Writes each role over the one before, under its name."""
 
     def save(self, trusted: TrustedSet) -> None:
-        self._write(self._floors, msgspec.msgpack.encode(trusted.floors))
+        self._keep_floors(trusted.floors)
         for role, raw in trusted.kept.items():
             path = f"{CACHE}/{role}.object"
             self._storage.write(path, raw)
@@ -292,7 +291,7 @@ class SwitchedFirst(TrustStore):
     """Names the new files before they are there."""
 
     def save(self, trusted: TrustedSet) -> None:
-        self._write(self._floors, msgspec.msgpack.encode(trusted.floors))
+        self._keep_floors(trusted.floors)
         roots = tuple(hashlib.sha256(raw).hexdigest() for raw in trusted.roots[1:])
         roles = {role: hashlib.sha256(raw).hexdigest() for role, raw in trusted.kept.items()}
         self._generation.write(msgspec.msgpack.encode(Generation(roots=roots, roles=roles)))

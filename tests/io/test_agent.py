@@ -6,12 +6,19 @@ import base64
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tbox import config as configuration
+from tbox.agent import Agent
+from tbox.clock import WALL_FLOOR_NS, WALL_JUMP_NS_MIN, SystemClock, kernel_quality
+from tbox.control import request
+from tbox.model import NS_PER_S, TimeQuality
 from tbox.record.codec import decode_payload
 from tbox.sim.broker import MosquittoBroker, find_mosquitto, free_port
 from tbox.sim.network import LinkCutter
@@ -67,6 +74,8 @@ class TestWholeChain:
         assert ledger["bus"]["dropped"] == {}
         assert bench.judge.bodies("telemetry")
         assert not bench.judge.bodies("alarm")
+        (offset,) = bench.judge.bodies("event", event="offset")
+        assert offset["first"] is True and offset["quality"] == kernel_quality().name.lower()
 
     def test_kill_9_in_a_gap_loses_nothing_committed_and_the_open_tick_is_told(self, bench: Bench) -> None:
         bench.daemon.start()
@@ -223,6 +232,43 @@ class TestABugInside:
             "Agent.start = lambda self: (print(sys.getswitchinterval()), sys.exit(0))"
         )
         assert planted(Daemon(tmp_path, free_port()), plant).stdout == "0.001\n"
+
+
+class Clocks:
+    """The machine's clocks, to be set."""
+
+    def __init__(self) -> None:
+        self.ahead_ns, self.quality = 17, TimeQuality.RTC  # of the wall clock before the monotonic one
+
+    def system(self) -> SystemClock:
+        return SystemClock(wall_ns=lambda: time.monotonic_ns() + self.ahead_ns, quality=lambda: self.quality)
+
+
+def test_a_clock_that_is_set_jumps_or_finds_a_keeper_is_told_by_how_much(tmp_path: Path) -> None:
+    """A Pi without a battery-backed clock: 1970, then a guess, then what a time daemon knows."""
+    daemon, clocks = Daemon(tmp_path, 1), Clocks()
+    agent = Agent(configuration.load(str(daemon.config)), clocks.system())
+
+    def offsets() -> list[dict[str, Any]]:
+        assert agent.supervise()
+        records = request(daemon.socket, {"cmd": "spool-tail", "lines": 100})["records"]
+        bodies = [decode_payload(base64.b64decode(record["payload"]))["body"] for record in records]
+        return [body for body in bodies if body.get("event") == "offset"]
+
+    agent.start()
+    try:
+        assert offsets() == []
+        clocks.ahead_ns = WALL_FLOOR_NS + 10**17
+        (first,) = wait_for("the first time", offsets)
+        assert first["first"] is True and first["quality"] == "rtc" and first["wall_ns"] > WALL_FLOOR_NS
+        assert abs(first["step_ns"] - clocks.ahead_ns) < WALL_JUMP_NS_MIN
+        clocks.ahead_ns, clocks.quality = clocks.ahead_ns + 3600 * NS_PER_S, TimeQuality.NTP
+        _, second = wait_for("the jump", lambda: offsets()[1:] and offsets())
+        assert second["first"] is False and second["quality"] == "ntp"
+        assert abs(second["step_ns"] - 3600 * NS_PER_S) < WALL_JUMP_NS_MIN
+        assert agent.clock.now().quality is TimeQuality.NTP
+    finally:
+        agent.stop(0)
 
 
 class TestBadInput:

@@ -80,7 +80,7 @@ def test_a_root_signed_on_tokens_is_taken_by_the_device(
     publisher = Publisher(tmp_path / "repo", START)
     publisher.create()
     roles = ("root", "targets", "snapshot", "timestamp")
-    staged = publisher.rotate([KeyChange(role, [key, other], threshold=2) for role in roles])
+    staged = publisher.rotate([KeyChange(role, [key, other], threshold=2) for role in roles], weaker=True)
     both = [signer, open_signer(str(tmp_path / "file.pem"))]
     staged += publisher.rotate([KeyChange("rollout", [other])])
     for path in staged:
@@ -137,7 +137,16 @@ def test_the_commands_take_a_token_wherever_they_take_a_key(softhsm: Path, tmp_p
     types("keys", "ben", "online", "--dir", str(keys))
     assert not (keys / "anna.pem").exists()
     adds = [f"--{role}={keys / name}.pub" for role in ("root", "targets") for name in ("anna", "ben")]
-    types("rotate", repository, *adds, "--online", str(keys / "online.pub"), "--threshold", "2")
+    types(
+        "rotate",
+        repository,
+        *adds,
+        "--online",
+        str(keys / "online.pub"),
+        "--threshold",
+        "2",
+        "--weaker-than-3-of-5",
+    )
     for role in ("root", "targets"):
         staged = f"{repository}/staged/{role}.json"
         assert f"{role}: 1 of the 2" in types("sign", staged, "--key", uri(softhsm, "ed"))

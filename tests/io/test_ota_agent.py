@@ -17,9 +17,9 @@ from tbox.control import ControlError, request
 from tbox.errors import Refused
 from tbox.model import COUNTER_BITS, NS_PER_S
 from tbox.ota.serve import running
-from tbox.sim.broker import MosquittoBroker, find_mosquitto
+from tbox.sim.broker import Broker, find_mosquitto, start_broker
 from tbox.spool import schema
-from tests.daemon import TBOX, WAIT_S, Daemon, Judge, Vehicle, tbox, wait_for
+from tests.daemon import TBOX, WAIT_S, Daemon, Judge, Mqtt, Vehicle, tbox, wait_for
 
 pytestmark = [
     pytest.mark.mosquitto,
@@ -42,8 +42,8 @@ trial_grace_s = 40
 class Car(Daemon):
     """The daemon out of slot a, started by `tbox boot`; a publisher; the vehicle around both."""
 
-    def __init__(self, directory: Path, port: int, factory: Factory, base: str) -> None:
-        super().__init__(directory, port, more=SETTINGS.format(base=base))
+    def __init__(self, directory: Path, broker: Broker, factory: Factory, base: str) -> None:
+        super().__init__(directory, broker.port, more=SETTINGS.format(base=base), mqtt=spoken(broker))
         self.factory = factory
         self.slots = directory / "slots"
         self.installed = factory.image("1.0")
@@ -81,15 +81,20 @@ class Car(Daemon):
         return bool(self.status().get("version") == version)
 
 
+def spoken(broker: Broker) -> Mqtt:
+    return "5" if broker.mqtt == "5" else "3.1.1"
+
+
 class Bench:
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self._stack = stack
-        broker = stack.enter_context(MosquittoBroker(str(directory / "broker")).start())
-        self.judge = Judge(broker.port)
+        broker = start_broker(str(directory / "broker"))
+        stack.callback(broker.stop)
+        self.judge = Judge(broker.port, spoken(broker))
         stack.callback(self.judge.close)
         self.factory = Factory(directory / "factory")
         base = stack.enter_context(running(self.factory.repository))
-        self.car = Car(directory, broker.port, self.factory, base)
+        self.car = Car(directory, broker, self.factory, base)
         stack.callback(self.car.end)
 
     def vehicle(self, *arguments: str) -> Vehicle:
@@ -140,6 +145,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def test_a_delta_is_installed_while_driving_switched_to_once_parked_and_proves_itself(bench: Bench) -> None:
     bench.car.start()
     assert bench.car.runs("1.0") and bench.car.ota()["running"]["slot"] == "a"
+    assert bench.car.ota()["rxswin"] == "tbox 1.0"
     drive = bench.drive()
     bench.offer("2.0", 2, MIGRATES)
     held = wait_for("it is held until parked", lambda: bench.told("held", state="ready"))
@@ -154,6 +160,7 @@ def test_a_delta_is_installed_while_driving_switched_to_once_parked_and_proves_i
     state = bench.car.control()
     assert state["slots"]["b"]["state"] == "good" and state["floor"] == 2
     assert bench.car.ota()["running"] | {"sha256": ""} == {"slot": "b", "version": "2.0", "sha256": ""}
+    assert bench.car.ota()["rxswin"] == "tbox 2.0"
 
     bench.stop()
     proof = bench.judge.result()
@@ -203,6 +210,18 @@ def test_what_must_not_come_in_does_not_and_what_crashes_goes_back(bench: Bench)
     assert bench.car.runs("1.0")
     bench.stop()
     assert bench.judge.result().ok
+    _check_audit(bench)
+
+
+def _check_audit(bench: Bench) -> None:
+    """Hold each decision that was sent against the entry of the audit log that it names."""
+    lines = tbox("ota", "audit", "--json", str(bench.car.directory / "state" / "ota")).stdout.splitlines()
+    entries = {entry["number"]: entry for entry in map(json.loads, lines[:-1])}
+    told = bench.judge.bodies("ota")
+    assert {"switch", "rolled-back", "refused"} <= {body["event"] for body in told}
+    for body in told:
+        entry = entries[body["audit"]["number"]]
+        assert (entry["event"], entry["body"]["reason"]) == (body["event"], body["reason"])
 
 
 def _refused(bench: Bench, why: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from tbox.durable import OsStorage, TwoCopies
 from tbox.errors import Refused, TboxError
 from tbox.model import Draft, Level, Now
 from tbox.ota import boot
+from tbox.ota import install as install_module
 from tbox.ota.boot import SlotState
 from tbox.ota.bootctl import BootCtl
 from tbox.ota.device import JOURNAL_STEM, OtaDevice, image_chunks, load_journal
@@ -80,25 +83,55 @@ def test_an_image_arrives_exactly(real: Real, artifact: Full | Delta, file: byte
     assert real.ctl.read().b.state is SlotState.SEALED
 
 
-FORGED: dict[str, tuple[Full | Delta, bytes]] = {
-    "zstd cut short": (full(ZSTD), ZSTD[:-10]),
-    "zstd with a flipped bit": (full(ZSTD), ZSTD[:5000] + bytes([ZSTD[5000] ^ 1]) + ZSTD[5001:]),
-    "not zstd": (full(ZSTD), b"not zstd"),
-    "zstd bomb": (full(ZSTD), zstandard.compress(bytes(200 << 20))),
-    "one byte more": (full(NEW, "identity"), NEW + b"!"),
-    "one byte less": (full(NEW, "identity"), NEW[:-1]),
-    "another image of the same length": (full(NEW, "identity"), bytes(len(NEW))),
-    "delta for another base": (DELTA_FILE, bsdiff4.diff(OTHER_BASE, NEW)),
-    "delta to another image": (DELTA_FILE, bsdiff4.diff(OLD, NEW[:-1] + bytes([NEW[-1] ^ 1]))),
-    "empty": (full(ZSTD), b""),
-}
+def test_a_big_image_shows_life_while_it_is_written_synced_and_read_back(
+    real: Real, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gigabyte on a slow card takes minutes, and the watchdog waits for less."""
+    monkeypatch.setattr(install_module, "UNSYNCED_BYTES_MAX", 2 << 20)
+    image = RNG.randbytes(5 << 20)
+    target = target_of(image, 2)
+    steps: list[str] = []
+    sync = real.storage.fsync
+
+    def noted(path: str) -> None:
+        if path.endswith("slot_b.img"):
+            steps.append("sync")
+        sync(path)
+
+    monkeypatch.setattr(real.storage, "fsync", noted)
+    job = Job(real.ctl, real.slots, "b", target, manifest_of(target), [image])
+    job.progress = lambda done_bytes: steps.append(str(done_bytes >> 20))
+    install(job)
+    assert steps == ["1", "2", "sync", "3", "4", "sync", "5", "sync", "1", "2", "3", "4", "5"]
+
+
+# name -> the file, and the reason it is refused for
+FORGED: dict[str, tuple[Full | Delta, bytes, str]] = {
+    "zstd cut short": (full(ZSTD), ZSTD[:-10], "image ends after"),
+    "zstd with a flipped bit": (
+        full(ZSTD), ZSTD[:5000] + bytes([ZSTD[5000] ^ 1]) + ZSTD[5001:], "is not the signed image"
+    ),
+    "not zstd": (full(ZSTD), b"not zstd", "cannot unpack"),
+    "zstd bomb": (full(ZSTD), zstandard.compress(bytes(200 << 20)), "image is longer than the signed"),
+    "one byte more": (full(NEW, "identity"), NEW + b"!", "image is longer than the signed"),
+    "one byte less": (full(NEW, "identity"), NEW[:-1], "image ends after"),
+    "another image of the same length": (
+        full(NEW, "identity"), bytes(len(NEW)), "is not the signed image"
+    ),
+    "delta for another base": (DELTA_FILE, bsdiff4.diff(OTHER_BASE, NEW), "is not the signed image"),
+    "delta to another image": (
+        DELTA_FILE, bsdiff4.diff(OLD, NEW[:-1] + bytes([NEW[-1] ^ 1])), "is not the signed image"
+    ),
+    "empty": (full(ZSTD), b"", "image ends after 0"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FORGED)
 def test_what_is_not_the_signed_image_leaves_the_slot_unbootable(real: Real, name: str) -> None:
     before = real.ctl.read()
-    with pytest.raises(TboxError):
-        real.install(*FORGED[name])
+    artifact, file, why = FORGED[name]
+    with pytest.raises(TboxError, match=why):
+        real.install(artifact, file)
     after = real.ctl.read()
     assert after.b.state is SlotState.UNBOOTABLE and after.a == before.a and after.floor == before.floor
     written = real.fw / "slot_b.img"
@@ -146,7 +179,9 @@ class Ports:
 def started(real: Real, ports: Ports, slot: boot.SlotName = "a") -> OtaThread:
     journal = TwoCopies(real.storage, str(real.data), JOURNAL_STEM)
     versions = installed_versions()
-    identity = Device("vehicle", b"key", slot, lambda requires: missing_requirement(requires, versions))
+    identity = Device(
+        "vehicle", b"key", slot, lambda requires: missing_requirement(requires, versions), kind="raw"
+    )
     engine = Engine(OtaSettings(), identity, real.ctl.read(), load_journal(journal))
     backend = SimBackend({"TBOX_SLOT": slot})
     device = OtaDevice(engine, real.ctl, real.slots, journal, backend, ports)
@@ -182,6 +217,47 @@ def test_the_thread_takes_an_update_to_the_restart_and_the_new_image_to_its_verd
     thread.stop(60)
     assert real.ctl.read().floor == 2
     assert [draft.body["event"] for draft in ports.drafts][-1] == "passed"
+
+
+class Failing(OsStorage):
+    """A medium that fails one operation on one file."""
+
+    def __init__(self, operation: str, name: str, error: int) -> None:
+        def fail(path: str, *rest: object, **more: object) -> object:
+            if path.endswith(name):
+                raise OSError(error, os.strerror(error))
+            return real(path, *rest, **more)
+
+        real = getattr(self, operation)
+        setattr(self, operation, fail)
+
+
+@pytest.mark.parametrize(
+    ("operation", "name", "error"),
+    [
+        ("write", "slot_b.img", errno.ENOSPC),
+        ("write", "slot_b.img", errno.EIO),
+        ("fsync", "slot_b.img", errno.EIO),
+        ("read_medium", "slot_b.img", errno.EIO),
+        ("write", "slot_b.manifest", errno.ENOSPC),
+        ("read_at", "slot_a.img", errno.EIO),  # the base of the delta
+        ("write", "slot_b.img", errno.EROFS),
+    ],
+    ids=lambda value: errno.errorcode[value] if isinstance(value, int) else value,
+)
+def test_a_medium_that_fails_is_named_and_the_next_try_arrives(
+    real: Real, operation: str, name: str, error: int
+) -> None:
+    before = real.ctl.read()
+    whole, real.slots.storage = real.slots.storage, Failing(operation, name, error)
+    with pytest.raises(OSError, match=os.strerror(error)):
+        real.install(DELTA_FILE, DELTA)
+    after = real.ctl.read()
+    assert after.b.state is SlotState.UNBOOTABLE and (after.a, after.floor) == (before.a, before.floor)
+    assert boot.plan(after, {}) == boot.Start("a", trial=False)
+    real.slots.storage = whole
+    real.install(DELTA_FILE, DELTA)
+    assert real.ctl.read().b.state is SlotState.SEALED
 
 
 class WornBootControl(OsStorage):

@@ -83,7 +83,7 @@ class Pi:
         ctl, journal = BootCtl(OsStorage(), self.slots.directory), self.journal
         device = Device(
             "vehicle", b"key", self.backend.running(), lambda requires: "",
-            loader_decides=self.backend.counts_tries, boot_id=self.backend.boot_id(),
+            loader_decides=self.backend.counts_tries, boot_id=self.backend.boot_id(), kind=self.backend.kind,
         )  # fmt: skip
         engine = Engine(SETTINGS, device, ctl.read(), load_journal(journal))
         return OtaDevice(engine, ctl, self.slots, journal, self.backend, ports)

@@ -38,7 +38,7 @@ def draft(version: str, counter: int, **changes: object) -> VerifiedTarget:
     values: dict[str, object] = {
         "name": name,
         "version": version,
-        "kind": "app",
+        "kind": "raw",
         "length": 0,
         "sha256": "0" * 64,
         "security_counter": counter,
@@ -303,6 +303,21 @@ def test_a_repository_that_nobody_renews_is_refused_after_a_week(factory: Factor
         factory.publisher = Publisher(factory.publisher.directory, START + timedelta(days=8))
         assert factory.publish() == {"snapshot": 2, "timestamp": 2}
         source.check(Now(1, later, TimeQuality.NTP))
+
+
+def test_the_rollout_notice_is_renewed_with_the_timestamp_and_does_not_expire(factory: Factory) -> None:
+    released = factory.release(V1, version="1.0", counter=1)
+    notice = Notice(basis_points={released.sha256: 500})
+    factory.publisher.notify(notice)
+    factory.publish()
+    for week in range(1, 10):
+        later = Publisher(factory.publisher.directory, START + timedelta(weeks=week, days=-1))
+        later.publish([read_signer(factory.key("online"))])
+    assert later.notice() == notice
+    now = Now(0, int((START + timedelta(weeks=9)).timestamp()) * NS_PER_S, TimeQuality.NTP)
+    with running(factory.publisher.directory) as base:
+        offer = device(factory, base).check(now)
+    assert offer.target is not None and offer.target.cohort_percent == 5.0
 
 
 def test_nothing_but_metadata_and_targets_is_served(factory: Factory) -> None:

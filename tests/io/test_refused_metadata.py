@@ -235,7 +235,9 @@ class Lie(NamedTuple):
 LIES = {
     "keys: one key counted twice towards a threshold": Lie(one_key_counted_twice, "targets", "by 1 of the 3"),
     "keys: zero signatures": Lie(zero_signatures, "targets", "by 0 of the 3"),
-    "keys: no keys present": Lie(no_keys_present, "root", "malformed"),
+    "keys: no keys present": Lie(
+        no_keys_present, "root", "malformed: ValueError threshold should be at least 1"
+    ),
     "keys: a rotated-out key": Lie(rotated_out_key, "targets", "by 2 of the 3"),
     "keys: a new root signed by only the old keys": Lie(
         new_root(signed_by_old=True), "root", "by 0 of the 3"
@@ -243,7 +245,9 @@ LIES = {
     "keys: a new root signed by only the new keys": Lie(
         new_root(signed_by_old=False), "root", "by 0 of the 3"
     ),
-    "keys: unknown algorithm": Lie(unknown_algorithm, "root", "malformed"),
+    "keys: unknown algorithm": Lie(
+        unknown_algorithm, "root", "Unsupported public key ed25519/ed25519-but-not-quite"
+    ),
     "metadata: an older timestamp replayed": Lie(older_timestamp, "timestamp", "is older than 2"),
     "metadata: same version, other content": Lie(same_version_other_content, "snapshot", "other content"),
     "metadata: expired": Lie(expired, "timestamp", "expired on"),

@@ -5,6 +5,8 @@ What that suite holds a client to is written down here anew, against a repositor
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from securesystemslib.formats import encode_canonical
 from tuf.api.metadata import DelegatedRole, Metadata, MetaFile, TargetFile, Targets
 
 from tbox.ota import trust
+from tbox.ota.metadata import ROOT_ROTATIONS_MAX
 from tests.tuf_repository import START, Repository, serving
 
 FIRST = [("root", 2), ("timestamp", None), ("snapshot", 1), ("targets", 1)]
@@ -32,6 +35,7 @@ class Client:
     base: str
     repository: Repository
     monkeypatch: pytest.MonkeyPatch
+    said: str = ""  # why the last command failed
 
     def init(self, root: bytes | None = None) -> int:
         path = self.directory / "initial_root.json"
@@ -45,7 +49,11 @@ class Client:
     def _run(self, now: datetime, *arguments: str) -> int:
         self.monkeypatch.setattr("time.time", now.timestamp)
         url = f"{self.base}/metadata/"
-        return trust.main(["--metadata-dir", str(self.metadata), "--metadata-url", url, *arguments])
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            code = trust.main(["--metadata-dir", str(self.metadata), "--metadata-url", url, *arguments])
+        self.said = stderr.getvalue()
+        assert self.said.count("\n") == code, "one line says why, and only why not"
+        return code
 
     def refresh(self, now: datetime = START) -> int:
         return self._run(now, "refresh")
@@ -128,7 +136,7 @@ def test_the_command_line_works_as_a_process(client: Client, tmp_path: Path) -> 
 
 def test_a_download_refreshes_first_though_the_target_is_not_there(client: Client) -> None:
     client.init()
-    assert client.download("nonexistent artifact") == 1
+    assert client.download("nonexistent artifact") == 1 and "no role has this target" in client.said
     assert client.repository.asked == FIRST
     assert client.trusted() == {"root": 1, "snapshot": 1, "targets": 1, "timestamp": 1}
 
@@ -137,7 +145,7 @@ def test_an_invalid_first_root_leads_to_no_request(client: Client) -> None:
     root = json.loads(client.repository.served["root"][0])
     del root["signed"]["version"]
     client.init(json.dumps(root).encode())
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "first-root" in client.said
     assert client.repository.asked == []
 
 
@@ -145,7 +153,7 @@ def test_a_first_root_with_a_wrong_signature_leads_to_no_request(client: Client)
     root = json.loads(client.repository.served["root"][0])
     root["signatures"][0]["sig"] = "ab" * 64
     client.init(json.dumps(root).encode())
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "first-root" in client.said
     assert client.repository.asked == []
 
 
@@ -164,25 +172,35 @@ def test_what_is_not_signed_is_refused_and_what_came_before_is_kept(
     client.repository.signers[role].clear()
     client.repository.publish("root", "targets", "snapshot", "timestamp")
     client.init()
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and f"{role}.json: signed by 0 of the 1 keys" in client.said
     assert client.trusted() == trusted
 
 
 @pytest.mark.parametrize(
-    ("role", "trusted"),
+    ("role", "why", "trusted"),
     [
-        ("root", {"root": 1}),
-        ("snapshot", {"root": 2, "timestamp": 2}),
-        ("targets", {"root": 2, "snapshot": 2, "timestamp": 2}),
+        ("root", "root.json: version 3 follows 1", {"root": 1}),
+        ("snapshot", "version 3, and timestamp.json tells of 2", {"root": 2, "timestamp": 2}),
+        (
+            "targets", "version 3, and snapshot.json tells of 2",
+            {"root": 2, "snapshot": 2, "timestamp": 2},
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_file_of_another_version_than_its_name_says_is_refused(
-    client: Client, role: str, trusted: dict[str, int]
+    client: Client, role: str, why: str, trusted: dict[str, int]
 ) -> None:
-    client.repository.signed(role).version += 1  # served as 2.<role>.json, and it says 3
-    client.repository.publish("root", "targets", "snapshot", "timestamp")
+    repository = client.repository
+    repository.signed(role).version += 1  # served as 2.<role>.json, and it says 3
+    repository.publish("root", "targets")
+    if role == "targets":
+        repository.snapshot.meta["targets.json"].version = 2
+    repository.publish("snapshot")
+    if role == "snapshot":
+        repository.timestamp.snapshot_meta.version = 2
+    repository.publish("timestamp")
     client.init()
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and why in client.said
     assert client.trusted() == trusted
 
 
@@ -207,7 +225,9 @@ def test_hashes_of_metadata_are_checked(client: Client) -> None:
     repository.publish("targets")
     repository.snapshot.meta["targets.json"].hashes = {"sha256": "46" * 32}
     repository.publish("snapshot", "timestamp")
-    assert client.refresh() == 1
+    assert (
+        client.refresh() == 1 and "targets.json: is not the file that snapshot.json tells of" in client.said
+    )
     assert (client.version("snapshot"), client.version("targets")) == (3, 2)
 
 
@@ -260,7 +280,7 @@ def test_a_missing_snapshot_fails_the_refresh_after_the_timestamp(client: Client
     client.refresh()
     repository.timestamp.snapshot_meta.version += 1
     repository.publish("timestamp")
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "2.snapshot.json: the repository does not have it" in client.said
     assert repository.asked[-1] == ("snapshot", 2)
     assert client.trusted() == {"root": 1, "snapshot": 1, "targets": 1, "timestamp": 2}
 
@@ -271,7 +291,7 @@ def test_missing_targets_fail_the_refresh_after_the_snapshot(client: Client) -> 
     client.refresh()
     repository.snapshot.meta["targets.json"].version += 1
     repository.publish("snapshot", "timestamp")
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "2.targets.json: the repository does not have it" in client.said
     assert repository.asked[-1] == ("targets", 2)
     assert client.trusted() == {"root": 1, "snapshot": 2, "targets": 1, "timestamp": 2}
 
@@ -280,7 +300,7 @@ def test_a_missing_timestamp_fails_the_refresh(client: Client) -> None:
     client.init()
     client.refresh()
     del client.repository.served["timestamp"]
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "timestamp.json: the repository does not have it" in client.said
     assert client.repository.asked[-1] == ("timestamp", None)
 
 
@@ -291,7 +311,7 @@ def test_metadata_of_another_type_is_refused_though_rightly_signed(client: Clien
     repository.snapshot.meta = {"snapshot.json": MetaFile(1)}
     repository.publish("root", "snapshot")
     repository.served["timestamp"].append(repository.served["snapshot"].pop())
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "timestamp.json: is of type snapshot" in client.said
     assert client.trusted() == {"root": 2}
 
 
@@ -304,7 +324,7 @@ def test_a_repository_without_consistent_snapshots_is_asked_for_plain_names(clie
     client.init()
     assert client.download("dir/file.txt") == 0
     assert client.downloaded() == [b"plain"]
-    assert client.download("missing") == 1
+    assert client.download("missing") == 1 and "no role has this target" in client.said
     assert [name for name, version in repository.asked if version is None][-1] == "role1"
 
 
@@ -317,7 +337,7 @@ def test_an_older_timestamp_is_refused(client: Client) -> None:
     repository.publish("timestamp")
     assert client.refresh() == 0
     repository.served["timestamp"].append(repository.served["timestamp"][0])
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "timestamp.json: version 1 is older than 2" in client.said
     assert client.version("timestamp") == 2
 
 
@@ -330,7 +350,7 @@ def test_a_timestamp_that_names_an_older_snapshot_is_refused(client: Client, wit
     assert client.refresh() == 0
     repository.timestamp.snapshot_meta = MetaFile(1)
     repository.publish("timestamp")
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "timestamp.json: snapshot.json went from 2 to 1" in client.said
     assert (client.version("timestamp"), client.version("snapshot")) == (2, 2)
     assert repository.asked[-1] == ("timestamp", None)
 
@@ -344,7 +364,7 @@ def test_a_snapshot_that_names_older_targets_is_refused(client: Client, with_has
     assert client.refresh() == 0
     repository.snapshot.meta["targets.json"] = MetaFile(1)
     repository.publish("snapshot", "timestamp")
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "snapshot.json: targets.json went from 2 to 1" in client.said
     assert (client.version("snapshot"), client.version("targets")) == (2, 2)
 
 
@@ -356,8 +376,28 @@ def test_a_snapshot_that_leaves_a_role_out_is_refused(client: Client) -> None:
     assert client.refresh() == 0
     del repository.snapshot.meta["role1.json"]
     repository.publish("snapshot", "timestamp")
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "snapshot.json: tells no more of role1.json" in client.said
     assert client.version("snapshot") == 2
+
+
+def test_a_delegated_version_run_up_by_stolen_keys_is_recovered_from_by_new_keys(client: Client) -> None:
+    repository = client.repository
+    repository.delegate("targets", DelegatedRole("role1", [], 1, False, ["*"]))
+    repository.add_target("file", b"first", "role1")
+    repository.roles["role1"].version = 99
+    repository.publish("role1", bump=False)
+    repository.served["role1"] *= 99
+    repository.publish("targets", "snapshot", "timestamp")
+    client.init()
+    assert client.download("file") == 0 and client.version("role1") == 99
+    repository.roles["role1"].version = 1
+    repository.served["role1"].clear()
+    repository.publish("role1", bump=False)
+    repository.publish("snapshot", "timestamp")
+    assert client.refresh() == 1 and "role1.json went from 99 to 1" in client.said
+    repository.rotate("snapshot")
+    repository.publish("root", "snapshot", "timestamp")
+    assert client.download("file") == 0 and client.version("role1") == 1
 
 
 @pytest.mark.parametrize("role", ["timestamp", "snapshot", "targets"])
@@ -391,7 +431,7 @@ def test_an_expired_root_is_kept_and_nothing_after_it(client: Client) -> None:
     client.refresh()
     repository.root.expires = START - timedelta(days=1)
     repository.publish("root", "timestamp")
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "root.json: version 2 expired" in client.said
     assert (client.version("root"), client.version("timestamp")) == (2, 1)
 
 
@@ -410,7 +450,7 @@ def test_expired_metadata_is_refused(client: Client, role: str, trusted: dict[st
     repository.signed(role).expires = START - timedelta(days=5)
     repository.publish(*{"timestamp": [], "snapshot": ["snapshot"]}.get(role, ["targets", "snapshot"]))
     repository.publish("timestamp")
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and f"{role}.json: version 2 expired" in client.said
     assert client.trusted() == trusted
 
 
@@ -436,7 +476,7 @@ def test_an_expired_delegated_role_is_not_used(client: Client) -> None:
     repository.publish_all()
     client.init()
     assert client.refresh() == 0
-    assert client.download("delegatedpath/target") == 1
+    assert client.download("delegatedpath/target") == 1 and "delegated.json: version 1 expired" in client.said
     assert client.downloaded() == []
     assert client.trusted() == {"root": 1, "snapshot": 2, "targets": 2, "timestamp": 2}
 
@@ -450,7 +490,10 @@ def test_a_delegated_role_that_expires_here_is_fetched_anew_or_not_used(client: 
     repository.publish_all()
     client.init()
     assert client.download("p/first") == 0
-    assert client.download("p/second", START + timedelta(days=18)) == 1
+    assert (
+        client.download("p/second", START + timedelta(days=18)) == 1
+        and "delegated.json: version 1 expired" in client.said
+    )
     repository.roles["delegated"].expires = START + timedelta(days=21)
     repository.publish("delegated", "snapshot", "timestamp")
     assert client.download("p/second", START + timedelta(days=18)) == 0
@@ -462,7 +505,7 @@ def test_a_clock_that_cannot_be_right_judges_nothing(client: Client, year: int) 
     client.repository.root.expires = datetime(2150, 1, 1, tzinfo=UTC)
     client.repository.publish("root")
     client.init()
-    assert client.refresh(datetime(year, 1, 2, tzinfo=UTC)) == 1
+    assert client.refresh(datetime(year, 1, 2, tzinfo=UTC)) == 1 and "the time is not known" in client.said
     assert client.repository.asked == []
     assert client.refresh() == 0
 
@@ -480,7 +523,7 @@ def test_a_snapshot_below_its_threshold_is_refused(client: Client) -> None:
     assert client.refresh() == 0
     repository.signers["snapshot"].pop()
     repository.publish("snapshot", "timestamp")
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "snapshot.json: signed by 2 of the 3 keys" in client.said
     assert client.version("snapshot") == 2
 
 
@@ -491,7 +534,7 @@ def test_a_threshold_above_the_number_of_keys_is_never_met(client: Client) -> No
         repository.add_key("snapshot")
     repository.root.roles["snapshot"].threshold = 6
     repository.publish("root", "snapshot", "timestamp")
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "snapshot.json: signed by 5 of the 6 keys" in client.said
     assert client.trusted() == {"root": 2, "timestamp": 2}
 
 
@@ -502,7 +545,7 @@ def test_one_key_named_nine_times_counts_once(client: Client) -> None:
     repository.root.roles["snapshot"].keyids += [signer.public_key.keyid] * 8
     repository.root.roles["snapshot"].threshold = 6
     repository.publish("root", "snapshot", "timestamp")
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "root.json: malformed" in client.said
     assert client.version("snapshot") is None
 
 
@@ -512,17 +555,40 @@ def test_a_key_id_twice_among_the_signatures_is_refused(client: Client) -> None:
     snapshot = json.loads(served[-1])
     snapshot["signatures"].append(snapshot["signatures"][0])
     served[-1] = json.dumps(snapshot).encode()
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "snapshot.json: malformed" in client.said
     assert client.version("snapshot") is None
 
 
-@pytest.mark.parametrize("kind", ["rsa", "rsa-pkcs1v15", "ecdsa", "ed25519"])
+@pytest.mark.parametrize("known", [2, 3])
+def test_a_key_named_and_not_told_counts_for_nothing_and_does_no_harm(client: Client, known: int) -> None:
+    """Three ids for the snapshot, of which the root holds two keys or all three; three must sign."""
+    repository = client.repository
+    client.init()
+    assert client.refresh() == 0
+    repository.add_key("snapshot")
+    last = repository.key()
+    repository.signers["snapshot"].append(last)
+    repository.root.roles["snapshot"].keyids.append(last.public_key.keyid)
+    if known == 3:
+        repository.root.keys[last.public_key.keyid] = last.public_key
+    repository.root.roles["snapshot"].threshold = 3
+    repository.publish("root", "snapshot", "timestamp")
+    assert client.refresh() == (0 if known == 3 else 1)
+    assert known == 3 or "snapshot.json: signed by 2 of the 3 keys" in client.said
+    assert (client.version("root"), client.version("snapshot")) == (2, known - 1)
+
+
+@pytest.mark.filterwarnings("ignore:keytype 'ecdsa-sha2-nistp256' is deprecated")
+@pytest.mark.parametrize("kind", ["rsa", "rsa-pkcs1v15", "ecdsa", "ed25519", "ecdsa, as once named"])
 def test_the_kinds_of_keys_of_the_specification_count_and_only_with_right_signatures(
     client: Client, kind: str
 ) -> None:
     repository = client.repository
     client.init()
-    signer = repository.add_key("root", repository.key(kind))
+    key = repository.key(kind.partition(",")[0])
+    if "once" in kind:
+        key.public_key.keytype = "ecdsa-sha2-nistp256"
+    signer = repository.add_key("root", key)
     repository.root.roles["root"].threshold += 1
     repository.publish("root")
     assert client.refresh() == 0
@@ -532,7 +598,7 @@ def test_the_kinds_of_keys_of_the_specification_count_and_only_with_right_signat
     third = Metadata.from_bytes(repository.served["root"].pop())
     third.signatures[signer.public_key.keyid] = good  # plausible, of another version
     repository.served["root"].append(third.to_bytes())
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and "root.json: signed by 1 of the 2 keys" in client.said
     assert client.version("root") == 2
 
 
@@ -596,6 +662,41 @@ def test_roots_follow_one_another_only_with_both_thresholds(client: Client, case
     assert (client.metadata / "root.json").read_bytes() == expected
 
 
+@pytest.mark.parametrize("many", [30, pytest.param(ROOT_ROTATIONS_MAX, marks=pytest.mark.slow)])
+def test_a_long_chain_of_roots_is_followed_and_kept(client: Client, many: int) -> None:
+    """Every key of every role but one is replaced by every root, as after many years."""
+    _rotated(client.repository, many)
+    client.init()
+    assert client.refresh() == 0
+    assert client.version("root") == many + 1
+    client.repository.asked.clear()
+    assert client.refresh() == 0
+    assert client.repository.asked == [("root", many + 2), ("timestamp", None)]
+
+
+@pytest.mark.slow
+def test_a_chain_of_roots_without_an_end_is_refused(client: Client) -> None:
+    _rotated(client.repository, ROOT_ROTATIONS_MAX + 1)
+    client.init()
+    for _ in range(2):
+        assert client.refresh() == 1
+        assert f"more than {ROOT_ROTATIONS_MAX} roots follow the first" in client.said
+        assert client.version("root") == ROOT_ROTATIONS_MAX + 1
+        client.repository.asked.clear()
+    assert client.refresh() == 1
+    assert client.repository.asked == [("root", ROOT_ROTATIONS_MAX + 2)]
+
+
+def _rotated(repository: Repository, times: int) -> None:
+    for number in range(times):
+        old = list(repository.signers["root"])
+        repository.rotate("root")
+        repository.signers["root"] += old  # the root before says who may sign this one
+        repository.publish("root")
+        repository.signers["root"] = repository.signers["root"][: -len(old)]
+        repository._next_key = 4 + number % 2  # two keys in turn
+
+
 SIGNERS: dict[str, tuple[list[int], int, list[int], bool]] = {
     "new key": ([2], 1, [2], True),
     "unused signatures": ([1], 1, [3, 1, 4], True),
@@ -630,8 +731,14 @@ def test_a_role_changes_its_keys_through_the_root_alone(client: Client, role: st
 # --- targets and delegations -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["target_file.txt", "path/to/a/target_file.txt", "sp ace/ü?#.bin"])
-def test_a_target_is_downloaded_once(client: Client, path: str) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [
+        "target_file.txt", "path/to/a/target_file.txt", "sp ace/ü?#.bin", "../../out", "/tmp/out", "a/../b",
+        "file:///etc/passwd", "http://127.0.0.1:1/out", "//127.0.0.1:1/out", "a%2f..%2fb", "c:\\out",
+    ],
+)  # fmt: skip
+def test_a_target_is_downloaded_once_into_its_directory_whatever_its_name(client: Client, path: str) -> None:
     client.repository.add_target(path, b"target file contents")
     client.repository.publish_all()
     client.init()
@@ -641,6 +748,16 @@ def test_a_target_is_downloaded_once(client: Client, path: str) -> None:
     assert client.download(path) == 0
     assert client.downloaded() == [b"target file contents"]
     assert len(client.repository.asked_targets) == 1
+    assert {path.name for path in client.directory.iterdir()} == {
+        "initial_root.json", "metadata", "targets",
+    }  # fmt: skip
+
+
+def test_a_directory_is_no_target(client: Client) -> None:
+    client.repository.add_target("..", b"out")
+    client.repository.publish_all()
+    client.init()
+    assert client.download("..") == 1 and "is no name for a file" in client.said
 
 
 def test_a_target_replaced_at_the_server_is_not_taken(client: Client) -> None:
@@ -652,10 +769,10 @@ def test_a_target_replaced_at_the_server_is_not_taken(client: Client) -> None:
     assert client.download("one") == 0
     repository.files["one"] = repository.files["two"] = b"malicious"
     client.download("one")
-    assert client.download("two") == 1
+    assert client.download("two") == 1 and "what the server has is not the signed target" in client.said
     assert client.downloaded() == [b"first content"]
     repository.files["two"] = b"second content, and more than was signed"
-    assert client.download("two") == 1
+    assert client.download("two") == 1 and "more than 14 bytes" in client.said
 
 
 def test_a_target_that_changes_replaces_the_one_before(client: Client) -> None:
@@ -679,7 +796,7 @@ def test_a_target_is_held_to_every_hash_known(client: Client, hashes: list[str])
     assert client.download("file") == 0
     file.hashes[hashes[-1]] = "0" * len(file.hashes[hashes[-1]])
     repository.publish_all()
-    assert client.download("file") == 1
+    assert client.download("file") == 1 and "what the server has is not the signed target" in client.said
 
 
 def test_a_target_with_no_hash_we_know_is_refused(client: Client) -> None:
@@ -687,7 +804,7 @@ def test_a_target_with_no_hash_we_know_is_refused(client: Client) -> None:
     file.hashes = {"unknown-hash": file.hashes["sha256"]}
     client.repository.publish_all()
     client.init()
-    assert client.download("file") == 1
+    assert client.download("file") == 1 and "signed with no hash of a kind that counts" in client.said
     assert client.downloaded() == []
 
 
@@ -743,7 +860,7 @@ def test_delegations_are_walked_in_order_and_depth_first(client: Client, case: s
         client.repository.delegate(delegator, DelegatedRole(role, [], 1, terminating, paths))
     client.repository.publish_all()
     client.init()
-    assert client.download("missingpath") == 1
+    assert client.download("missingpath") == 1 and "no role has this target" in client.said
     assert client.repository.asked[4:] == [(role, 1) for role in expected]
 
 
@@ -767,7 +884,7 @@ def test_a_target_is_found_through_patterns(client: Client, path: str, asked: li
 def test_a_target_outside_what_its_role_was_given_is_not_found(client: Client) -> None:
     _tree(client.repository)
     client.init()
-    assert client.download("releases/z/z_v1.zip") == 1
+    assert client.download("releases/z/z_v1.zip") == 1 and "no role has this target" in client.said
     assert client.repository.asked[4:] == [("B", 1)]
 
 
@@ -816,13 +933,44 @@ def test_a_target_is_found_in_its_hash_bin(client: Client, bits: int) -> None:
     assert repository.asked[4:] == [(name, 1)]
 
 
+def test_a_target_listed_in_another_bin_than_its_hash_says_is_not_found(client: Client) -> None:
+    repository = client.repository
+    repository.delegate_bins("targets", 2, "bin")
+    delegations = repository.targets.delegations
+    assert delegations is not None and delegations.succinct_roles is not None
+    bins = delegations.succinct_roles
+    right = bins.get_role_for_target("some/file")
+    wrong = next(name for name in bins.get_roles() if name != right)
+    repository.add_target("some/file", b"misplaced", wrong)
+    repository.publish_all()
+    client.init()
+    assert client.download("some/file") == 1 and "no role has this target" in client.said
+    assert repository.asked[4:] == [(right, 1)]
+
+
+@pytest.mark.parametrize("with_own_keys", [True, False])
+def test_a_bin_is_taken_from_the_keys_of_the_bins_alone(client: Client, with_own_keys: bool) -> None:
+    repository = client.repository
+    repository.delegate_bins("targets", 1, "bin")
+    delegations = repository.targets.delegations
+    assert delegations is not None and delegations.succinct_roles is not None
+    name = delegations.succinct_roles.get_role_for_target("some/file")
+    repository.add_target("some/file", b"binned", name)
+    if not with_own_keys:
+        repository.signers[name] = repository.signers["targets"]
+    repository.publish_all()
+    client.init()
+    assert client.download("some/file") == (0 if with_own_keys else 1)
+    assert with_own_keys or f"{name}.json: signed by 0 of the 1 keys" in client.said
+
+
 @pytest.mark.parametrize("role", ["?", "#", "/delegatedrole", "../delegatedrole", ".", "..", "ü"])
 def test_an_unusual_role_name_is_quoted_in_urls_and_file_names(client: Client, role: str) -> None:
     repository = client.repository
     repository.delegate("targets", DelegatedRole(role, [], 1, False, ["*"]))
     repository.publish_all()
     client.init()
-    assert client.download("nonexistent target") == 1
+    assert client.download("nonexistent target") == 1 and "no role has this target" in client.said
     assert (quote(role, safe=""), 1) in repository.asked
     assert len(client.trusted()) == 5
 
@@ -842,6 +990,8 @@ def test_no_files_emptied_by_a_power_cut_let_a_replay_in(client: Client, emptied
     served = {role: list(versions) for role, versions in repository.served.items()}
     for role in ("targets", "snapshot", "timestamp"):
         repository.served[role].append(repository.served[role][0])
-    assert client.refresh() == 1
+    assert client.refresh() == 1 and (
+        "older than" in client.said or "floors of trust are damaged" in client.said
+    )
     repository.served = served
     assert client.refresh() == (1 if emptied == "**/*" else 0)  # with nothing left, it is provisioned anew

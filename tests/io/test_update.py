@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import pytest
 
+from tbox.agent import Agent
 from tbox.config import Config, DeviceConfig, OtaConfig
 from tbox.errors import TboxError
 from tbox.ledger import StageLedger
 from tbox.model import NS_PER_S, Draft, Level, Now, TimeQuality
 from tbox.ota import boot
 from tbox.ota.policy import Vitals, hold_switch
-from tbox.update import Around, open_updates, parked, runs_on_trial, unaccounted, vitals_of
+from tbox.update import Around, footing, open_updates, parked, unaccounted, vitals_of
 from tests.crash.ota_world import target_of
 from tests.io.test_ota_device import DELTA, DELTA_FILE, Real
 
@@ -125,8 +126,9 @@ def test_a_good_image_without_its_trusted_root_drives_on_and_says_so(
 ) -> None:
     bare = Bare(tmp_path, monkeypatch)
     monkeypatch.setenv("TBOX_SLOT", "a")
-    assert runs_on_trial(bare.config.ota) is False
-    assert open_updates(bare.config, bare.around) is None
+    standing = footing(bare.config.ota)
+    assert not standing.on_trial
+    assert open_updates(bare.config, bare.around, standing) is None
     (draft,) = bare.told
     assert draft.level == Level.ALARM and "root.json" in draft.body["reason"]
 
@@ -138,15 +140,25 @@ def test_an_image_on_trial_that_cannot_update_itself_any_more_has_failed(
     bare.real.install(DELTA_FILE, DELTA)
     bare.real.ctl.commit(boot.count_try(boot.activate(bare.real.ctl.read(), "b"), "b"))
     monkeypatch.setenv("TBOX_SLOT", "b")
-    assert runs_on_trial(bare.config.ota) is True
+    standing = footing(bare.config.ota)
+    assert standing.on_trial
     with pytest.raises(TboxError, match=r"root\.json"):
-        open_updates(bare.config, bare.around)
+        open_updates(bare.config, bare.around, standing)
     assert bare.told == []
 
 
-def test_boot_control_that_cannot_be_read_does_not_say_whether_an_image_is_on_trial(
+def test_without_boot_control_the_vehicle_drives_on_and_nothing_migrates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bare = Bare(tmp_path, monkeypatch)
     monkeypatch.setenv("TBOX_SLOT", "a")
     monkeypatch.setenv("TBOX_SLOTS", str(tmp_path / "none"))
-    assert runs_on_trial(OtaConfig()) is None
+    with pytest.raises(TboxError, match="no boot control here") as unknown:
+        footing(bare.config.ota)
+    assert open_updates(bare.config, bare.around, unknown.value) is None
+    (draft,) = bare.told
+    assert draft.level == Level.ALARM and "no boot control here" in draft.body["reason"]
+    agent = Agent.__new__(Agent)
+    agent.config = bare.config
+    agent._footing = agent._find_footing()
+    assert agent._may_migrate() is False
