@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -129,19 +129,20 @@ def lane_of(record: Record) -> Lane:
 def runs_of(records: Iterable[Record]) -> Iterator[list[Record]]:
     """Cut records into runs: consecutive ids of one kind and level, up to the limits of a run."""
     run: list[Record] = []
-    next_id = size_bytes = 0
+    next_id = size_bytes = level = 0
+    kind = ""
     for record in records:
         size_bytes += len(record.payload)
         if (
             record.id != next_id
-            or record.level != run[0].level
-            or record.kind != run[0].kind
+            or record.level != level
+            or record.kind != kind
             or size_bytes > RUN_BYTES_MAX
             or len(run) == RUN_RECORDS_MAX
         ):
             if run:
                 yield run
-            run, size_bytes = [], len(record.payload)
+            run, size_bytes, level, kind = [], len(record.payload), record.level, record.kind
         run.append(record)
         next_id = record.id + 1
     if run:
@@ -190,13 +191,17 @@ class Drain:
         self._again: dict[int, Lane] = {}  # was in flight when the link died; a late PUBACK still counts
         self.gone = IdRanges()  # acknowledged or evicted, and still on flash
 
-    def append(self, record: Record) -> Lane:
-        """Take a new record; return the lane it goes by."""
-        lane = lane_of(record)
+    def append(self, records: Sequence[Record]) -> bool:
+        """Take new records; return whether an alarm is among them."""
+        alarms = [record for record in records if record.is_alarm]
+        self._add_fresh(ALARM, alarms)
+        self._add_fresh(ROUTINE, [one for one in records if not one.is_alarm] if alarms else records)
+        return bool(alarms)
+
+    def _add_fresh(self, lane: Lane, records: Sequence[Record]) -> None:
         state = self._lanes[lane]
-        state.fresh[record.id] = record
-        state.fresh_bytes += len(record.payload)
-        return lane
+        state.fresh |= {record.id: record for record in records}
+        state.fresh_bytes += sum(len(record.payload) for record in records)
 
     def offer(self, mono_ns: int, room: int, read: Reader, bytes_max: int) -> list[Record]:
         """Return at most `room` records in drain order and mark them in flight."""
@@ -283,15 +288,21 @@ class Drain:
                 self._replace_fresh(lane, {**records, **self._lanes[lane].fresh})
         self.in_flight.clear()
 
-    def trim(self, records_max: int, bytes_max: int, in_open_tick: Callable[[int], Record | None]) -> None:
+    def trim(self, records_max: int, bytes_max: int, open_tick: Container[int]) -> None:
         """Let the oldest live records that are safe on flash leave RAM; they become backlog."""
         for state in self._lanes.values():
-            for one in list(state.fresh):
-                if len(state.fresh) <= records_max and state.fresh_bytes <= bytes_max:
+            leaving: list[int] = []
+            left, left_bytes = len(state.fresh), state.fresh_bytes
+            for one, record in state.fresh.items():
+                if left <= records_max and left_bytes <= bytes_max:
                     break
-                if in_open_tick(one) is None:
-                    state.fresh_bytes -= len(state.fresh.pop(one).payload)
-                    state.cursor = min(state.cursor, one - 1)
+                if one not in open_tick:
+                    leaving.append(one)
+                    left, left_bytes = left - 1, left_bytes - len(record.payload)
+            for one in leaving:
+                del state.fresh[one]
+            state.fresh_bytes = left_bytes
+            state.cursor = min([state.cursor, *(one - 1 for one in leaving)])
 
     def drop(self, first: int, last: int) -> None:
         """These records will not be sent any more."""

@@ -8,6 +8,7 @@ how rows are stored in `flash`, how they are sealed in `seal` and `keyring`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -135,6 +136,7 @@ class Spool:
         except (sqlite3.Error, OSError) as error:
             spool._fall_to_ram(now, error)
         except BaseException:
+            spool._meter.close()
             spool._lock.release()
             raise
         return spool
@@ -210,11 +212,13 @@ class Spool:
 
     def append(self, records: Sequence[Record]) -> None:
         """Take records into the open tick. They are safe when a `tick` has committed them."""
-        for record in records:
-            self._open[record.id] = record
-            self._open_bytes += len(record.payload)
-            self._alarm_waits |= self._drain.append(record).alarm
-        self._highest_id = max(self._highest_id, *(record.id for record in records), 0)
+        if not records:
+            return
+        by_id = {record.id: record for record in records}
+        self._open |= by_id
+        self._open_bytes += sum(len(record.payload) for record in records)
+        self._alarm_waits |= self._drain.append(records)
+        self._highest_id = max(self._highest_id, *by_id)
         self._account.into += len(records)
         self._account.held += len(records)
         if self._open_bytes > self._settings.ram_bytes_max:
@@ -359,15 +363,14 @@ class Spool:
     def _settle(self) -> None:
         """The transaction is on flash."""
         for _, run in self._tried:
-            for one in range(run.id, run.last_id + 1):
-                record = self._open.pop(one, None)
-                self._open_bytes -= len(record.payload) if record else 0
+            settled = map(self._open.pop, range(run.id, run.last_id + 1), itertools.repeat(None))
+            self._open_bytes -= sum(len(record.payload) for record in settled if record)
         self._tried = []
         self._unsealed = 0, []
         self._alarm_waits = any(record.is_alarm for record in self._open.values())
         self._drain.committed()
         self._settle_salvaged()
-        self._drain.trim(self._settings.live_records_max, self._settings.live_bytes_max, self._open.get)
+        self._drain.trim(self._settings.live_records_max, self._settings.live_bytes_max, self._open)
 
     def _told_of(self) -> list[Dropped]:
         return [one for one in self._dropped.values() if one.told]
@@ -836,6 +839,7 @@ class Spool:
                 with contextlib.suppress(sqlite3.Error):
                     self._flash.close()
                 self._flash = None
+            self._meter.close()
             self._lock.release()
 
 

@@ -248,7 +248,7 @@ def small_log() -> mock._patch[int]:
 
 def no_meter() -> AbstractContextManager[object]:
     """Reading the kernel's account takes as long as a commit on a memory disk, and counts nothing there."""
-    return mock.patch.object(meter, "_ACCOUNT", Path("/nonexistent"))
+    return mock.patch.object(meter, "_ACCOUNT", "/nonexistent")
 
 
 def _add_column(db: object) -> None:
