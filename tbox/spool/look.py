@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tbox.model import COUNTER_MAX
-from tbox.spool.flash import COLUMNS, TABLES, Flash, Run
+from tbox.spool.flash import Flash, Run, is_sound
 from tbox.spool.keyring import Keyring
 from tbox.spool.policy import LANES, Lane, unpacked
 from tbox.spool.schema import KIND_NAMES
@@ -79,15 +79,13 @@ def _verdict(flash: Flash, check: str, found: Iterable[dict[str, Any]], *, whole
 
 
 def _runs(flash: Flash, lane: Lane, after: int) -> Iterator[Run]:
-    sql = f"SELECT {COLUMNS} FROM {TABLES.format(lane.name)} WHERE r.id > ? ORDER BY r.id LIMIT {READ_ROWS}"
-    while rows := flash.execute(sql, (after,)):
-        runs = [Run(*row) for row in rows]
-        after = runs[-1].id
-        yield from (run for run in runs if run.sealed is not None)
+    return (run for run in flash.rows(lane, after) if run.sealed is not None and run.id > after)
 
 
 def described(run: Run, keys: Keyring | None) -> Iterator[dict[str, Any]]:
     """Yield the records of a run for people; payload None when it cannot be unsealed."""
+    if not is_sound(run):
+        run, keys = Run(run.id, 1, 0, 0, None, b""), None  # nobody can say how many there were
     kind = KIND_NAMES.get(run.kind, str(run.kind))
     payloads = keys.unseal(run) if keys is not None else None
     gone = unpacked(run.gone, run.id)

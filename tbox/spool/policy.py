@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import struct
+import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,6 +28,7 @@ CLOCK_JUMP_S = 60
 # How many reads one call may make when what it reads turns out to be in flight or doomed.
 READS_MAX = 4
 _OFFSETS = struct.Struct("<HH")
+_SUM = struct.Struct("<I")
 
 
 class IdRanges:
@@ -351,13 +353,26 @@ class StoredRun(NamedTuple):
 
 
 def packed(ranges: IdRanges, first_id: int) -> bytes:
-    """Return what of a run is gone as it stands in `partly`: offsets of range ends from its first id."""
-    return b"".join(_OFFSETS.pack(first - first_id, last - first_id) for first, last in ranges)
+    """Return what of a run is gone as it stands in `partly`: offsets of range ends, and a sum in front.
+
+    It is not sealed with the run, and a flipped bit in it would lose a record in silence.
+    """
+    offsets = b"".join(_OFFSETS.pack(first - first_id, last - first_id) for first, last in ranges)
+    return _SUM.pack(zlib.crc32(offsets, first_id & 0xFFFF_FFFF)) + offsets
+
+
+def is_packed(gone: object, first_id: int) -> bool:
+    """Whether this is what `packed` has returned for the run, or None for one of which all is held."""
+    if gone is None:
+        return True
+    if not isinstance(gone, bytes) or len(gone) % _OFFSETS.size or len(gone) <= _SUM.size:
+        return False
+    return _SUM.pack(zlib.crc32(gone[_SUM.size :], first_id & 0xFFFF_FFFF)) == gone[: _SUM.size]
 
 
 def unpacked(gone: bytes | None, first_id: int) -> IdRanges:
     ranges = IdRanges()
-    for first, last in _OFFSETS.iter_unpack(gone or b""):
+    for first, last in _OFFSETS.iter_unpack(gone[_SUM.size :] if gone else b""):
         ranges.add(first_id + first, first_id + last)
     return ranges
 

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -24,7 +24,6 @@ from tbox.spool.ballast import Ballast
 from tbox.spool.flash import (
     FILE_NAME,
     Connect,
-    Damaged,
     Flash,
     Run,
     StartRow,
@@ -64,7 +63,8 @@ from tbox.spool.policy import (
     trusted_wall_s,
     unpacked,
 )
-from tbox.spool.recover import Found, finish_setting_aside, remove_aside, salvage, set_aside
+from tbox.spool.recover import Found
+from tbox.spool.rescue import Rescue
 from tbox.spool.schema import KIND_CODES, KIND_NAMES
 from tbox.spool.seal import Random, sealed_overhead_bytes
 from tbox.spool.starts import PreviousStart, needed_starts, previous_start
@@ -79,7 +79,6 @@ EVICT_ROWS_READ = 256
 # Pages the drop record and the tables' inner nodes may still need after an eviction.
 EVICTION_HEADROOM_BYTES = 8 * 1024
 SWEEP_ROWS_PER_TICK = 256  # rows looked at for their age
-SALVAGE_RUNS_PER_TICK = 512
 COMMIT_BYTES_MAX = 1024 * 1024  # one transaction; less than what the hard cap leaves above the quota
 COUNT_ROWS_AT_OPEN = 8192  # backlog of earlier starts counted before the first tick
 COUNT_ROWS_PER_TICK = 2048
@@ -186,17 +185,8 @@ class Spool:
         self._settled_clock = SettledClock()
         self._meter = WriteMeter()
         self._ballast: Ballast | None = None
-        self._aside: list[str] = []  # damaged files whose rows are still to be fetched
-        self._salvage: Iterator[Found] | None = None
-        self._salvage_ended = False
-        self._salvaging_moved = False  # something of it waits for the next commit
-        self._salvaged_upto: dict[Lane, int] = dict.fromkeys(LANES, 0)
-        self._returned: list[tuple[Lane, Run]] = []
-        self._returned_bytes = 0
-        self._left_since = IdRanges()  # acknowledged or dropped while a salvage is under way
-        self._awaiting = 0  # held records that went with a file which was damaged while we ran
-        self._awaited = 0  # the same of the file that is being salvaged
-        self._awaited_all = False  # and these are all that it held
+        self._rescue = Rescue(storage, directory, connect)
+        self._spoiled: set[int] = set()  # runs, by their first ids, whose rows the next commit keeps
         self._swept: dict[Lane, int] = dict.fromkeys(LANES, 0)
         self._ram_dropped = Dropped("ram")
         self._ram_reported_ns = 0
@@ -261,7 +251,7 @@ class Spool:
     def _read(
         self, lane: Lane, after: int, records_max: int, bytes_max: int
     ) -> tuple[list[Record], int | None]:
-        """Read stored records for the drain. A run that does not unseal sends the file to the salvage."""
+        """Read stored records for the drain. A run that does not unseal is given up, and told."""
         if self._flash is None:
             return [], None
         first, ahead = self._unsealed
@@ -269,7 +259,13 @@ class Spool:
             return [record for record in ahead if record.id > after], ahead[-1].id
         try:
             runs = self._flash.read(lane, after, min(records_max, READ_RECORDS_MAX), bytes_max)
-            records = [record for run in runs for record in self._records_of(run)]
+            records: list[Record] = []
+            for run in runs:
+                held = self._records_of(run)
+                if held is None:
+                    self._give_up(self._flash, lane, run)
+                else:
+                    records += held
         except sqlite3.Error as error:
             self._flash_failed(error)
             return [], None
@@ -277,21 +273,33 @@ class Spool:
             records = [record for record in records if record.id > after]
         return records, runs[-1].last_id if runs else None
 
-    def _records_of(self, run: Run) -> list[Record]:
-        """Return what is still held of a run. Raises Damaged when it is not what was sealed."""
-        if run.sealed is None:
+    def _records_of(self, run: Run) -> list[Record] | None:
+        """Return what is still held of a run; None when it is not what was sealed."""
+        gone = unpacked(run.gone, run.id)
+        if run.sealed is None or len(gone) == run.n:
             return []
         assert self._keys is not None
         payloads = self._keys.unseal(run)
         if payloads is None:
-            raise Damaged(f"run {run.id} does not unseal")
+            return None
         kind = KIND_NAMES[run.kind]
         records = [Record(run.id + at, kind, run.level, payload) for at, payload in enumerate(payloads)]
-        if run.gone is not None:
-            gone = unpacked(run.gone, run.id)
+        if gone:
             records = [record for record in records if record.id not in gone]
         self._unsealed = run.id, records
         return records
+
+    def _give_up(self, flash: Flash, lane: Lane, run: Run) -> None:
+        """A run is not what was sealed: tell of its records, which nobody will be sent.
+
+        Its row stays where it is, all of it noted as gone, for a person with the key and patience: one
+        flipped bit of AES-GCM costs the proof of the whole run, but only one bit of its text. It goes when
+        the cap needs its room.
+        """
+        stored = StoredRun(run.id, run.n, run.kind, run.at_s, len(run.sealed or b""), run.gone)
+        self._doom(flash, lane, [stored], self._dropped["damage"])
+        self._spoiled.add(run.id)
+        log.error("spool_run_spoiled", id=run.id, records=run.n)
 
     # --- the tick -------------------------------------------------------------------------------------
 
@@ -324,7 +332,7 @@ class Spool:
     def _commit_all(self, now: Now) -> None:
         """Commit in portions: one portion but after an outage, when the RAM ring comes back to flash."""
         if self._ballast is not None and self._flash is not None:
-            growth = self._open_bytes + self._returned_bytes
+            growth = self._open_bytes + self._rescue.returned_bytes
             self._ballast.fit(self._flash.file_bytes() + growth, grow=False)
         while self._has_work():
             try:
@@ -336,8 +344,7 @@ class Spool:
                 self._flash.rollback()
 
     def _has_work(self) -> bool:
-        salvage = self._salvaging_moved or self._salvage_ended
-        return bool(self._open or self._tried or self._drain.gone or salvage or self._told_of())
+        return bool(self._open or self._tried or self._drain.gone or self._rescue.is_due or self._told_of())
 
     def _commit(self, now: Now) -> None:
         """One transaction: inserts, acknowledged ranges, evictions and the records that tell of them."""
@@ -347,10 +354,10 @@ class Spool:
         if not self._tried:
             self._tried = self._sealed(self._portion(), now)
         self._insert(flash, self._tried)
-        self._insert_salvaged(flash)
-        if self._aside:
+        self._bring_home(flash)
+        if self._rescue.files:
             flash.note_away(self._drain.gone)
-        flash.delete(self._drain.gone)
+        flash.delete(self._drain.gone, self._spoiled)
         self._make_room(flash)
         told = [self._mint_drop(one, now) for one in self._told_of()]
         self._dropped = {cause: Dropped(cause) for cause in CAUSES}
@@ -369,7 +376,10 @@ class Spool:
         self._unsealed = 0, []
         self._alarm_waits = any(record.is_alarm for record in self._open.values())
         self._drain.committed()
-        self._settle_salvaged()
+        self._spoiled.clear()
+        for lane, run in self._rescue.returned:
+            self._drain.rewind(lane, run.id)
+        self._rescue.settle()
         self._drain.trim(self._settings.live_records_max, self._settings.live_bytes_max, self._open)
 
     def _told_of(self) -> list[Dropped]:
@@ -458,11 +468,14 @@ class Spool:
         return doomed
 
     def _held_bytes(self, flash: Flash, lane: Lane, run: StoredRun, gone: IdRanges) -> int:
-        """Return the payload bytes still held of a run; what is partly gone must be unsealed for that."""
+        """Return the payload bytes still held of a run; what is partly gone must be unsealed for that.
+
+        0 where that is not possible any more.
+        """
         if not gone:
             return run.sealed_bytes - sealed_overhead_bytes(run.n)
         (whole,) = flash.read(lane, run.id - 1, 1, 1)
-        return sum(len(record.payload) for record in self._records_of(whole) if record.id not in gone)
+        return sum(len(record.payload) for record in self._records_of(whole) or () if record.id not in gone)
 
     def _expire(self, now: Now) -> None:
         """Look at a few stored runs and give up those past their kind's age, if the clock is settled."""
@@ -480,22 +493,9 @@ class Spool:
 
     def _fetch_salvaged(self) -> None:
         """Read a portion of a file put aside; the next commit brings it home."""
-        if not self._aside or self._uncounted_after or self._flash is None:
+        if not self._rescue.files or self._uncounted_after or self._flash is None:
             return
-        if self._salvage is None:
-            after = self._flash.salvaged(self._aside[0])
-            self._salvaged_upto = after or dict.fromkeys(LANES, 0)
-            path = f"{self._directory}/{self._aside[0]}"
-            upto = self._salvaged_upto.__getitem__
-            self._salvage = salvage(path, self._connect, upto, self._is_whole) if after else iter(())
-            self._awaited, self._awaiting = self._awaiting, 0
-        for _ in range(SALVAGE_RUNS_PER_TICK):
-            if self._returned_bytes >= COMMIT_BYTES_MAX:
-                return
-            found = next(self._salvage, None)
-            if found is None:
-                self._salvage_ended = True
-                return
+        for found in self._rescue.fetch(self._flash, self._is_whole, COMMIT_BYTES_MAX):
             self._take_found(self._flash, found)
 
     def _is_whole(self, run: Run) -> bool:
@@ -503,60 +503,43 @@ class Spool:
         return self._keys.unseal(run) is not None
 
     def _take_found(self, flash: Flash, found: Found) -> None:
-        self._salvaging_moved = True
         run = found.run
         if run is None:
             newest = max(self._highest_id, first_id(self._start))
             if found.first <= newest:
                 self._dropped["damage"].add(found.first, min(found.last, newest), 0)
             return
-        self._salvaged_upto[found.lane] = found.last
         if flash.holds(found.lane, run.id) or any(run.id == tried.id for _, tried in self._tried):
             return  # its commit was in doubt, and has been repeated here
-        gone = unpacked(run.gone, run.id)
-        for first, last in self._left_since.within(run.id, run.last_id):
-            gone.add(first, last)
+        gone = self._rescue.gone(run, unpacked(run.gone, run.id))
         held = run.n - len(gone)
         if not held:
             return
-        self._returned.append((found.lane, run))
-        self._returned_bytes += len(run.sealed or b"")
-        for first, last in gone:
-            self._drain.gone.add(first, last)
-        known = min(held, self._awaited)  # held all along: the damage came after they were counted
-        self._awaited -= known
+        known = self._rescue.recognise(held)
         self._account.into += held - known
-        self._account.held += held - known
+        if found.whole:
+            self._account.held += held - known
+            self._rescue.bring(found.lane, run)
+            for first, last in gone:
+                self._drain.gone.add(first, last)
+        else:
+            self._account.held -= known
+            self._account.drop("damage", held)
+            self._dropped["damage"].add(run.id, run.last_id, held)
 
-    def _insert_salvaged(self, flash: Flash) -> None:
-        if not self._salvaging_moved and not self._salvage_ended:
+    def _bring_home(self, flash: Flash) -> None:
+        if not self._rescue.is_due:
             return
-        self._insert(flash, self._returned)
-        if self._salvage_ended and self._awaited:
+        self._insert(flash, self._rescue.returned)
+        lost = self._rescue.write(flash)
+        if lost:
             oldest, newest = 1, max(self._highest_id, first_id(self._start))
             damaged = self._dropped["damage"]
             if damaged.told:
                 oldest, newest = damaged.first_id, damaged.last_id
-            damaged.add(oldest, newest, self._awaited)
-            self._account.held -= self._awaited
-            self._account.drop("damage", self._awaited)
-            self._awaited = 0
-        flash.note_salvaged(self._aside[0], self._salvaged_upto, done=self._salvage_ended)
-        if self._salvage_ended and len(self._aside) == 1:
-            flash.forget_away()
-
-    def _settle_salvaged(self) -> None:
-        """What was salvaged is committed: offer it, and delete the damaged file once all of it is."""
-        for lane, run in self._returned:
-            self._drain.rewind(lane, run.id)
-        self._returned, self._returned_bytes, self._salvaging_moved = [], 0, False
-        if self._salvage_ended:
-            name = self._aside.pop(0)
-            log.info("spool_salvaged", file=name)
-            self._salvage, self._salvage_ended, self._awaited = None, False, 0
-            if not self._aside:
-                self._left_since = IdRanges()
-            remove_aside(self._storage, self._directory, name)
+            damaged.add(oldest, newest, lost)
+            self._account.held -= lost
+            self._account.drop("damage", lost)
 
     # --- the account ----------------------------------------------------------------------------------
 
@@ -568,12 +551,8 @@ class Spool:
             early = max(0, min(last, first_id(self._start) - 1) - max(first, uncounted + 1) + 1)
         self._account.into += early
         self._account.held -= last - first + 1 - early
-        if self._aside:
-            self._left_since.add(first, last)
-            stored = sum(one not in self._open for one in range(first, last + 1))
-            awaiting = min(stored, self._awaiting)
-            self._awaiting -= awaiting
-            self._awaited -= min(stored - awaiting, self._awaited)
+        if self._rescue.files:
+            self._rescue.leave(first, last, sum(one not in self._open for one in range(first, last + 1)))
 
     def _count(self, rows_max: int) -> None:
         """Count a part of what earlier starts left, so that opening never waits for a full scan."""
@@ -613,20 +592,19 @@ class Spool:
                 log.warning("spool_ballast_short", why=self._ballast.shortfall)
 
     def _attach_file(self) -> None:
-        self._aside = finish_setting_aside(self._storage, self._directory)
+        self._rescue.look()
         flash = self._open_file()
         try:
             rotate(self._storage, self._key_file, flash, self._directory, self._random)
-            known = flash.starts()
-            copied = copied_only(known, copied_keys(self._storage, self._directory)) if self._aside else []
-            has_data = flash.newest_id is not None or bool(self._aside)
+            known, aside = flash.starts(), bool(self._rescue.files)
+            copied = copied_only(known, copied_keys(self._storage, self._directory)) if aside else []
+            has_data = flash.newest_id is not None or aside
             self._keys = open_keyring(
                 self._storage, self._key_file, known or copied, self._random, has_data=has_data
             )
             self._keys.learn(copied_keys(self._storage, self._directory))
             self._note_start(flash, self._keys, known, copied)
-            for first, last in flash.away():
-                self._left_since.add(first, last)
+            self._rescue.recall(flash.away())
             self._count_from(flash)
         except BaseException:
             flash.close()
@@ -643,15 +621,11 @@ class Spool:
 
     def _put_aside(self, error: sqlite3.Error) -> None:
         """The file is damaged: keep it under another name and go on with a new one."""
-        name = set_aside(self._storage, self._directory, self._start)
+        held = self._account.held - len(self._open)
+        name = self._rescue.put_aside(self._start, held, self._drain.gone)
         log.error("spool_damaged", reason=str(error), put_aside=name)
         self._unsealed = 0, []
-        self._awaiting = self._account.held - len(self._open)
-        self._awaited_all = not self._uncounted_after  # else only a part of them was counted
         self._uncounted_after = {}
-        self._salvage, self._salvage_ended, self._salvaging_moved = None, False, False
-        for first, last in self._drain.gone:
-            self._left_since.add(first, last)
 
     def _open_file(self) -> Flash:
         path = f"{self._directory}/{FILE_NAME}"
@@ -690,7 +664,7 @@ class Spool:
         self.previous = previous_start(ended or copied)
         needed = needed_starts(self.previous)
         oldest = flash.oldest_start() or self._start
-        kept = [row for row in ended if self._aside or row.start in needed or row.start >= oldest]
+        kept = [row for row in ended if self._rescue.files or row.start in needed or row.start >= oldest]
         own = keys.new_start(self._start)
         copy_keys(self._storage, self._directory, [*copied, *kept, own])
         self._own = own  # from here on: should the commit fail, it may have succeeded all the same
@@ -806,7 +780,7 @@ class Spool:
             "used_bytes": flash.used_bytes() if flash else None,
             "quota_bytes": self._settings.quota_bytes,
             "dropped": dict(self._account.dropped),
-            "salvaging": list(self._aside),
+            "salvaging": list(self._rescue.files),
             "ballast_bytes": self._ballast.size_bytes if self._ballast else 0,
             "flash_bytes_written": self._meter.total_bytes,
             "flash_bytes_today": self._meter.today_bytes,
