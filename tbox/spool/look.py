@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import base64
 import heapq
+import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tbox.model import COUNTER_MAX
-from tbox.spool.flash import Flash, Run, is_sound
+from tbox.spool.flash import Flash, Run, is_damage, is_sound
 from tbox.spool.keyring import Keyring
 from tbox.spool.policy import LANES, Lane, unpacked
 from tbox.spool.schema import KIND_NAMES
@@ -72,9 +73,14 @@ def glance(flash: Flash, keys: Keyring | None) -> dict[str, Any]:
 def _verdict(flash: Flash, check: str, found: Iterable[dict[str, Any]], *, whole: bool) -> dict[str, Any]:
     faults = [row[0] for row in flash.execute(f"PRAGMA {check}({FAULTS_MAX})") if row[0] != "ok"]
     count = unreadable = 0
-    for record in found:
-        count += 1
-        unreadable += record["payload"] is None
+    try:
+        for record in found:
+            count += 1
+            unreadable += record["payload"] is None
+    except sqlite3.Error as error:
+        if not is_damage(error):
+            raise
+        faults.append(f"after {count} records: {error}")
     return {"records": count, "unreadable": unreadable, "faults": faults, "whole": whole}
 
 

@@ -133,6 +133,8 @@ def _salvage_lane(db: Connection, lane: Lane, after: int, whole: Whole) -> Itera
                     doubtful |= run.id > after or not run.n
                     continue
                 if run.id <= after or not run.n or not whole(run):
+                    if not first and not after:
+                        after = max(0, run.id - 1)  # the table begins here
                     changed += [run] if run.n else []
                     doubtful = True
                     continue
