@@ -19,7 +19,7 @@ from tbox.control import request
 from tbox.durable import OsStorage
 from tbox.errors import Refused, TboxError
 from tbox.spool import look
-from tbox.spool.flash import FILE_NAME, Flash, Run
+from tbox.spool.flash import FILE_NAME, Flash, Run, is_damage
 from tbox.spool.keyring import KEY_FILE_NAME, Keyring, copied_keys, open_keyring
 from tbox.spool.lock import DirectoryLock, SpoolError, SpoolLocked
 from tbox.spool.recover import DAMAGED_NAME, LOG_SUFFIX, salvage
@@ -53,7 +53,7 @@ def _stopped(directory: str, key_file: str) -> Iterator[tuple[Flash, Keyring]]:
             with contextlib.closing(Flash(path, sqlite3.connect, QUOTA_BYTES_MAX, migrate=False)) as flash:
                 yield flash, _keys(directory, key_file, flash)
         except sqlite3.Error as error:
-            raise SpoolError(
+            raise (Refused if is_damage(error) else SpoolError)(
                 f"cannot read the spool: {error}", where=path, mend="try `tbox spool salvage`"
             ) from error
     finally:

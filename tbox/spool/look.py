@@ -6,6 +6,7 @@ The commands use it on a stopped spool, the spool's thread on a live one.
 from __future__ import annotations
 
 import base64
+import contextlib
 import heapq
 import sqlite3
 from collections.abc import Iterable, Iterator
@@ -71,17 +72,26 @@ def glance(flash: Flash, keys: Keyring | None) -> dict[str, Any]:
 
 
 def _verdict(flash: Flash, check: str, found: Iterable[dict[str, Any]], *, whole: bool) -> dict[str, Any]:
-    faults = [row[0] for row in flash.execute(f"PRAGMA {check}({FAULTS_MAX})") if row[0] != "ok"]
+    faults: list[str] = []
     count = unreadable = 0
-    try:
+    with _noting(faults, check):
+        faults += [row[0] for row in flash.execute(f"PRAGMA {check}({FAULTS_MAX})") if row[0] != "ok"]
+    with _noting(faults, "reading the records"):
         for record in found:
             count += 1
             unreadable += record["payload"] is None
+    return {"records": count, "unreadable": unreadable, "faults": faults, "whole": whole}
+
+
+@contextlib.contextmanager
+def _noting(faults: list[str], what: str) -> Iterator[None]:
+    """Damage that ends what is done within is a fault like those that do not."""
+    try:
+        yield
     except sqlite3.Error as error:
         if not is_damage(error):
             raise
-        faults.append(f"after {count} records: {error}")
-    return {"records": count, "unreadable": unreadable, "faults": faults, "whole": whole}
+        faults.append(f"{what}: {error}")
 
 
 def _runs(flash: Flash, lane: Lane, after: int) -> Iterator[Run]:
