@@ -75,6 +75,8 @@ T = TypeVar("T")
 
 READ_BYTES_MAX = 64 * 1024  # payload read from flash in one offer: a record that comes meanwhile waits for it
 READ_RECORDS_MAX = 256
+# What is read is soon acknowledged and deleted; SQLite visits every page of it, and live records wait.
+READ_RUNS_PER_COMMIT = 128
 EVICT_ROWS_READ = 256
 # Pages the drop record and the tables' inner nodes may still need after an eviction.
 EVICTION_HEADROOM_BYTES = 8 * 1024
@@ -182,6 +184,7 @@ class Spool:
         # it may be on flash all the same.
         self._tried: list[tuple[Lane, Run]] = []
         self._unsealed: tuple[int, list[Record]] = (0, [])  # the run read last: id, what is held of it
+        self._runs_read = 0  # since the last commit
         self._settled_clock = SettledClock()
         self._meter = WriteMeter()
         self._ballast: Ballast | None = None
@@ -216,9 +219,11 @@ class Spool:
 
     @property
     def wants_commit(self) -> bool:
-        """Whether `tick` should be called at once: an alarm waits, or the open tick has grown large."""
+        """Whether `tick` should be called at once: an alarm waits, or it would have much to write or delete."""
         if self._ram_reason:
             return False  # the flash is tried again at its own pace
+        if self._drain.gone and self._runs_read >= READ_RUNS_PER_COMMIT:
+            return True
         return self._alarm_waits or self._open_bytes >= self._settings.commit_bytes
 
     # --- what goes out --------------------------------------------------------------------------------
@@ -261,6 +266,7 @@ class Spool:
             runs = self._flash.read(lane, after, min(records_max, READ_RECORDS_MAX), bytes_max)
             records: list[Record] = []
             for run in runs:
+                self._runs_read += 1
                 held = self._records_of(run)
                 if held is None:
                     self._give_up(self._flash, lane, run)
@@ -377,6 +383,7 @@ class Spool:
         self._alarm_waits = any(record.is_alarm for record in self._open.values())
         self._drain.committed()
         self._spoiled.clear()
+        self._runs_read = 0
         for lane, run in self._rescue.returned:
             self._drain.rewind(lane, run.id)
         self._rescue.settle()

@@ -301,8 +301,8 @@ def _live_latency(spool: Spool, start: int, seconds: int, *, drain: bool) -> tup
             waits.append((time.perf_counter() - due) * 1e3)
             due += LIVE_EVERY_S
             assert batch[0].id == live[0].id
-            if counter % LIVE_PER_TICK == 0:
-                spool.tick(Now(int(at * NS_PER_S)))
+        if (live and counter % LIVE_PER_TICK == 0) or spool.wants_commit:
+            spool.tick(Now(int(at * NS_PER_S)))
         drained += sum(len(record.payload) for record in batch)
         spool.ack([record.id for record in batch])
     waits.sort()

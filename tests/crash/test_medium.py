@@ -37,7 +37,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     os.truncate(image, DISK_BYTES)
     mount_point.mkdir()
     subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
-    if subprocess.run(["mount", "-o", "loop,errors=remount-ro", str(image), str(mount_point)], check=False).returncode:
+    mount = ["mount", "-o", "loop,errors=remount-ro", str(image), str(mount_point)]
+    if subprocess.run(mount, check=False).returncode:
         pytest.skip("cannot mount a loop device here")
     yield mount_point
     subprocess.run(["umount", str(mount_point)], check=True)
