@@ -219,7 +219,7 @@ class Spool:
 
     @property
     def wants_commit(self) -> bool:
-        """Whether `tick` should be called at once: an alarm waits, or it would have much to write or delete."""
+        """Whether `tick` should be called at once: an alarm waits, or there is much to write or delete."""
         if self._ram_reason:
             return False  # the flash is tried again at its own pace
         if self._drain.gone and self._runs_read >= READ_RUNS_PER_COMMIT:

@@ -205,6 +205,24 @@ def test_what_is_in_flight_is_not_evicted(tmp_path: Path) -> None:
     rig.close()
 
 
+def test_a_drain_commits_in_portions_so_that_live_records_wait_for_few_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tbox.spool.store.READ_RUNS_PER_COMMIT", 5)
+    rig = Rig(tmp_path, quota_bytes=1 << 24, live_records_max=1)
+    for second in range(30):  # a run each
+        rig.put(3)
+        rig.spool.tick(Now(second * NS_PER_S))
+    ticks = 0
+    while batch := rig.spool.offer(Now(60 * NS_PER_S), 3):
+        rig.spool.ack([record.id for record in batch])
+        if rig.spool.wants_commit:
+            ticks += 1
+            rig.spool.tick(Now(60 * NS_PER_S))
+    assert 4 <= ticks <= 6
+    rig.close()
+
+
 def test_a_changed_configuration_erases_nothing_that_still_fits(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     made = rig.put(30)
