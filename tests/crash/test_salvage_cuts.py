@@ -131,7 +131,7 @@ def _explore(seed: int, work: str, room: str, monkeypatch: pytest.MonkeyPatch) -
         gone = ticks[max(0, done - 1)][1]
         leaving = ticks[min(done, len(ticks) - 1)][1]
         for left in itertools.islice(disk.images(rng, VARIANTS_PER_OP), IMAGES_PER_CUT):
-            key = hash(tuple(sorted(left.items())))
+            key = hash((done, *sorted(left.items())))
             if key not in seen:
                 seen.add(key)
                 _check(left, room, made, good, gone, leaving)
