@@ -19,7 +19,7 @@ import structlog
 
 from tbox.durable import OsStorage, Storage
 from tbox.ledger import Ledger
-from tbox.model import COUNTER_BITS, NS_PER_S, Draft, Level, Now, Record
+from tbox.model import COUNTER_BITS, Draft, Level, Now, Record
 from tbox.spool.ballast import Ballast
 from tbox.spool.flash import (
     FILE_NAME,
@@ -43,6 +43,7 @@ from tbox.spool.keyring import (
 )
 from tbox.spool.lock import DirectoryLock, SpoolError, SpoolLocked
 from tbox.spool.meter import WriteMeter
+from tbox.spool.outage import Outage
 from tbox.spool.policy import (
     ALARM,
     LANES,
@@ -84,9 +85,6 @@ SWEEP_ROWS_PER_TICK = 256  # rows looked at for their age
 COMMIT_BYTES_MAX = 1024 * 1024  # one transaction; less than what the hard cap leaves above the quota
 COUNT_ROWS_AT_OPEN = 8192  # backlog of earlier starts counted before the first tick
 COUNT_ROWS_PER_TICK = 2048
-RETRY_S_FIRST = 1.0
-RETRY_S_MAX = 30.0
-RAM_REPORT_S = 60.0  # how often a full RAM ring says what it dropped
 CAUSES = ("damage", "age", "quota")
 
 
@@ -191,12 +189,7 @@ class Spool:
         self._rescue = Rescue(storage, directory, connect)
         self._spoiled: set[int] = set()  # runs, by their first ids, whose rows the next commit keeps
         self._swept: dict[Lane, int] = dict.fromkeys(LANES, 0)
-        self._ram_dropped = Dropped("ram")
-        self._ram_reported_ns = 0
-        self._ram_reason = ""
-        self._ram_since_ns = 0
-        self._retry_ns = 0
-        self._retry_s = RETRY_S_FIRST
+        self._outage = Outage()
         self._highest_id = 0
         self._now = Now(0)
         self.previous: PreviousStart | None = None
@@ -220,7 +213,7 @@ class Spool:
     @property
     def wants_commit(self) -> bool:
         """Whether `tick` should be called at once: an alarm waits, or there is much to write or delete."""
-        if self._ram_reason:
+        if self._outage.reason:
             return False  # the flash is tried again at its own pace
         if self._drain.gone and self._runs_read >= READ_RUNS_PER_COMMIT:
             return True
@@ -316,14 +309,14 @@ class Spool:
         stay in RAM, an alarm says so, and later ticks try again.
         """
         self._now = now
-        if self._ram_reason and now.mono_ns < self._retry_ns:
+        if self._outage.waits(now):
             self._report_ram(now)
             return
         try:
             if self._flash is None:
                 self._attach(now)
             self._expire(now)
-            if self._ram_reason:
+            if self._outage.reason:
                 self._report_ram(now, force=True)
             self._fetch_salvaged()
             with self._meter.measure(now):
@@ -332,8 +325,9 @@ class Spool:
         except (sqlite3.Error, OSError) as error:
             self._flash_failed(error)
             return
-        if self._ram_reason:
-            self._back_on_flash(now)
+        if self._outage.reason:
+            log.info("spool_flash_back")
+            self.append([self._mint(self._outage.end(now))])
 
     def _commit_all(self, now: Now) -> None:
         """Commit in portions: one portion but after an outage, when the RAM ring comes back to flash."""
@@ -712,27 +706,10 @@ class Spool:
         self._fall_to_ram(self._now, error)
 
     def _fall_to_ram(self, now: Now, error: Exception) -> None:
-        self._retry_ns = now.mono_ns + int(self._retry_s * NS_PER_S)
-        self._retry_s = min(self._retry_s * 2, RETRY_S_MAX)
-        if self._ram_reason:
-            return
-        self._ram_reason = " ".join(str(error).split())
-        self._ram_since_ns = now.mono_ns
-        log.error("spool_flash_failed", reason=self._ram_reason)
-        self._tell_flash(now, "raise", f"spool: flash failed ({self._ram_reason}); records are kept in RAM")
-
-    def _back_on_flash(self, now: Now) -> None:
-        log.info("spool_flash_back", after_s=(now.mono_ns - self._ram_since_ns) // NS_PER_S)
-        self._ram_reason = ""
-        self._retry_s = RETRY_S_FIRST
-        self._tell_flash(now, "clear", "spool: flash is back; records are safe again")
-
-    def _tell_flash(self, now: Now, event: str, text: str) -> None:
-        body: dict[str, Any] = {
-            "alarm": "spool.flash", "event": event, "key": "", "text": text, "value": None, "limit": None,
-            "unit": "", "since_ns": self._ram_since_ns, "context": {},
-        }  # fmt: skip
-        self.append([self._mint(Draft("alarm", Level.ALARM, now.mono_ns, body))])
+        alarm = self._outage.fail(now, error)
+        if alarm is not None:
+            log.error("spool_flash_failed", reason=self._outage.reason)
+            self.append([self._mint(alarm)])
 
     def _shrink_ram(self) -> None:
         """The RAM ring is full: the oldest routine records go first, alarms last, and all are counted."""
@@ -747,15 +724,13 @@ class Spool:
                 self._drain.drop(record.id, record.id)
                 if self._tried:
                     self._drain.gone.add(record.id)
-                self._ram_dropped.add(record.id, record.id, 1, len(record.payload))
+                self._outage.dropped.add(record.id, record.id, 1, len(record.payload))
                 self._account.held -= 1
                 self._account.drop("ram")
 
     def _report_ram(self, now: Now, *, force: bool = False) -> None:
-        due = now.mono_ns - self._ram_reported_ns >= RAM_REPORT_S * NS_PER_S
-        if self._ram_dropped.count and (due or force):
-            dropped, self._ram_dropped = self._ram_dropped, Dropped("ram")
-            self._ram_reported_ns = now.mono_ns
+        dropped = self._outage.report(now, force=force)
+        if dropped is not None:
             self._mint_drop(dropped, now)
 
     # --- state and end --------------------------------------------------------------------------------
@@ -775,8 +750,8 @@ class Spool:
         """Return plain values for `tbox status` and health records."""
         flash = self._flash
         return {
-            "state": "ram" if self._ram_reason else "flash",
-            "reason": self._ram_reason,
+            "state": "ram" if self._outage.reason else "flash",
+            "reason": self._outage.reason,
             "start": self._start,
             "records": self._account.held,
             "counted": not self._uncounted_after,
@@ -797,14 +772,14 @@ class Spool:
         """Let `work` read the file for a person. Raises SpoolError while the spool runs from RAM."""
         if self._flash is None or self._keys is None:
             raise SpoolError(
-                f"runs from RAM: {self._ram_reason}", where=self._directory, mend="mend the medium"
+                f"runs from RAM: {self._outage.reason}", where=self._directory, mend="mend the medium"
             )
         return work(self._flash, self._keys)
 
     def close(self, now: Now, *, clean: bool, ledger_totals: dict[str, Any]) -> None:
         """Commit what is open and close. clean: the start row then says so, with the ledger's totals."""
         self._now = now
-        self._retry_ns = 0
+        self._outage.hurry()
         self.tick(now)
         try:
             if clean and self._flash is not None and self._own is not None and not self._open:
