@@ -28,14 +28,19 @@ def stat(flash: Flash) -> dict[str, Any]:
     """Return what a stopped spool holds, by lane and by start."""
     lanes: dict[str, Any] = {}
     for lane in LANES:
-        count = size = 0
+        count = size = spoiled = 0
         oldest = newest = None
         after = 0
         while runs := flash.sizes(lane, after, READ_ROWS):
             oldest, newest, after = oldest or runs[0].id, runs[-1].last_id, runs[-1].last_id
-            count += sum(run.n - len(unpacked(run.gone, run.id)) for run in runs)
+            held = [run.n - len(unpacked(run.gone, run.id)) for run in runs]
+            count += sum(held)
+            spoiled += held.count(0)  # given up, and kept for a person
             size += sum(run.sealed_bytes - sealed_overhead_bytes(run.n) for run in runs)
-        lanes[lane.name] = {"records": count, "oldest_id": oldest, "newest_id": newest, "bytes": size}
+        lanes[lane.name] = {
+            "records": count, "oldest_id": oldest, "newest_id": newest, "bytes": size,
+            "spoiled_runs": spoiled,
+        }  # fmt: skip
     starts = [
         {"start": row.start, "clean": bool(row.clean), "last_id": row.last_id} for row in flash.starts()
     ]

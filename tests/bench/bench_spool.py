@@ -325,17 +325,21 @@ def _backlog() -> Iterator[Result]:
                      unit="s", goal="< 2", ok=seconds < 2)  # fmt: skip
         busy, rate = _live_latency(spools[0], 2, 8, drain=True)
         spools[0].close(Now(0), clean=False, ledger_totals={})
+        spool = _spool(directory, start=3, backlog_bytes_s=SpoolSettings().backlog_bytes_s)
+        easy, _ = _live_latency(spool, 3, 8, drain=True)
+        spool.close(Now(0), clean=False, ledger_totals={})
     with _directory() as directory:
         spool = _spool(directory)
-        quiet, _ = _live_latency(spool, 1, 4, drain=False)
+        quiet, _ = _live_latency(spool, 1, 8, drain=False)
         spool.close(Now(0), clean=False, ledger_totals={})
-    ratio = quiet / busy
-    yield Result(
-        bench="spool", case="live p99 while the backlog drains", value=busy, unit="ms",
-        peer="without backlog", peer_value=quiet, ratio=ratio,
-        goal="ratio >= 0.9", ok=ratio >= 0.9,
-        note="from when it came to when it is offered; what comes during a backlog read waits for it",
-    )  # fmt: skip
+    for pace, live in (("as the link lets it", busy), ("at the default rate", easy)):
+        ratio = quiet / live
+        yield Result(
+            bench="spool", case=f"live p99 while the backlog drains {pace}", value=live, unit="ms",
+            peer="without backlog", peer_value=quiet, ratio=ratio,
+            goal="ratio >= 0.9", ok=ratio >= 0.9,
+            note="from when it came to when it is offered; what comes during a backlog read waits for it",
+        )  # fmt: skip
     yield Result(bench="spool", case="drain from flash, live beside it", value=rate, unit="MB/s",
                  goal=">= 12.5 (100 Mbit/s link)", ok=rate >= 12.5)  # fmt: skip
 

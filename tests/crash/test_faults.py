@@ -18,8 +18,9 @@ import pytest
 
 from tbox.ledger import Ledger
 from tbox.model import NS_PER_S, Draft, Level, Now, Record, TimeQuality
-from tbox.spool.flash import PAGE_BYTES
+from tbox.spool.flash import PAGE_BYTES, Flash
 from tbox.spool.lock import SpoolLocked
+from tbox.spool.look import stat
 from tbox.spool.store import Spool
 from tests.crash.filler import records_of_tick
 from tests.crash.recorder import Recorder
@@ -283,6 +284,9 @@ def test_a_flipped_bit_in_a_body_costs_its_run_and_no_other(
     spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
     assert not [path.name for path in tmp_path.iterdir() if "damaged" in path.name]
     assert _sealed(tmp_path, 0)[:2] == (first, n)  # its bytes stay, for a person
+    with closing(Flash(str(tmp_path / "spool.db"), sqlite3.connect, 1 << 24)) as flash:
+        said = stat(flash)
+    assert said["routine"]["spoiled_runs"] == 1 and said["records"] == 1  # the drop record
     again, _drops, spool = _reopened(tmp_path, start + 1)
     assert not again and not spool.stat()["dropped"]  # told once
     spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
