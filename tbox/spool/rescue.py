@@ -32,6 +32,7 @@ class Rescue:
         self.ended = False  # all of the oldest file is home with the next commit
         self._moved = False
         self._founds: Iterator[Found] | None = None
+        self._found: Found | None = None  # given out last and not taken yet
         self._upto: dict[Lane, int] = dict.fromkeys(LANES, 0)
         self._left = IdRanges()  # acknowledged or dropped while their run may still be in a file put aside
         self._missing_next = 0  # held records that went with a file which was damaged while we ran
@@ -56,7 +57,7 @@ class Rescue:
     def put_aside(self, tag: int, held: int, gone: IdRanges) -> str:
         """Put the spool's file aside; held: records that it still held, gone: those that had left it."""
         name = set_aside(self._storage, self._directory, tag)
-        self._founds, self.ended, self._moved = None, False, False
+        self._founds, self._found, self.ended, self._moved = None, None, False, False
         self._missing_next = held
         self.recall(gone)
         return name
@@ -78,7 +79,10 @@ class Rescue:
         return known
 
     def fetch(self, flash: Flash, whole: Whole, bytes_max: int) -> Iterator[Found]:
-        """Yield a portion of what the oldest file holds, and the gaps in it. Raises sqlite3.Error."""
+        """Yield a portion of what the oldest file holds, and the gaps in it. Raises sqlite3.Error.
+
+        What the caller could not take, because it raised, comes again.
+        """
         if self._founds is None:
             after = flash.salvaged(self.files[0])
             self._upto = after or dict.fromkeys(LANES, 0)
@@ -88,14 +92,15 @@ class Rescue:
         for _ in range(RUNS_PER_TICK):
             if self.returned_bytes >= bytes_max:
                 return
-            found = next(self._founds, None)
+            found = self._found = self._found or next(self._founds, None)
             if found is None:
                 self.ended = True
                 return
+            yield found
+            self._found = None  # it was taken
             self._moved = True
             if found.run is not None:
                 self._upto[found.lane] = found.last
-            yield found
 
     def gone(self, run: Run, known: IdRanges) -> IdRanges:
         """Return what of a run is gone: `known`, and what left since its file was put aside."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import random
 import sqlite3
 import subprocess
@@ -21,6 +22,7 @@ from tbox.model import NS_PER_S, Draft, Level, Now, Record, TimeQuality
 from tbox.spool.flash import PAGE_BYTES, Flash
 from tbox.spool.lock import SpoolLocked
 from tbox.spool.look import stat
+from tbox.spool.policy import Lane
 from tbox.spool.store import Spool
 from tests.crash.filler import records_of_tick
 from tests.crash.recorder import Recorder
@@ -124,6 +126,77 @@ def test_a_medium_that_refuses_at_any_operation_loses_nothing(
         directory = tmp_path / str(at)
         directory.mkdir()
         _life_with_fault(directory, Medium(kind, at, error))
+
+
+def _salvage_with_fault(directory: Path, files: dict[str, bytes], medium: Medium) -> dict[int, Record]:
+    """Salvage a damaged spool through a fault of the new file and its mending; return what came back."""
+    _put(files, directory)
+    recorder, ledger, minter = Recorder(str(directory)), Ledger(), Minter(2, random.Random(2))
+    spool = Spool.open(
+        str(directory), settings(quota_bytes=1 << 24), start=2, mint=minter, now=Now(0), ledger=ledger,
+        connect=recorder.connect, storage=recorder.storage,
+    )  # fmt: skip
+    assert spool.stat()["salvaging"]
+    recorder.fault = lambda what, path: medium(what, path) if path.endswith(("spool.db", "-wal")) else None
+    for second in range(1, 12):
+        spool.tick(Now(second * NS_PER_S))
+        ledger.check()
+    medium.mended = True
+    got: dict[int, Record] = {}
+    for second in range(100, 160):
+        spool.tick(Now(second * NS_PER_S))
+        got |= _drain(spool, Now(second * NS_PER_S))
+        ledger.check()
+    assert spool.stat()["state"] == "flash" and not spool.stat()["salvaging"]
+    assert spool.depth == len(got)
+    spool.close(Now(200 * NS_PER_S), clean=False, ledger_totals={})
+    return {one: record for one, record in got.items() if record.start == 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "error"), [("write", _full), ("write", _failing), ("sync", _failing)])
+def test_a_medium_that_refuses_during_a_salvage_loses_nothing_more(
+    tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]],
+    monkeypatch: pytest.MonkeyPatch, kind: str, error: Callable[[bool], Exception],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("tbox.spool.rescue.RUNS_PER_TICK", 20)
+    files, _made = stopped
+    content = bytearray(files["spool.db"])
+    leaf = [at for at in range(PAGE_BYTES, len(content), PAGE_BYTES) if content[at] == 13][-1]
+    content[leaf : leaf + PAGE_BYTES] = bytes(PAGE_BYTES)
+    files = {**files, "spool.db": bytes(content)}
+    dry = Medium(kind, 1 << 30, error)
+    good = _salvage_with_fault(tmp_path / "dry", files, dry)
+    total = (1 << 30) - dry.left
+    assert len(good) > 100 and total > 5
+    for at in range(0, total, max(1, total // 25)):
+        assert _salvage_with_fault(tmp_path / str(at), files, Medium(kind, at, error)) == good
+
+
+def test_what_cannot_be_looked_up_during_a_salvage_is_asked_for_again(
+    tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, _made = stopped
+    content = bytearray(files["spool.db"])
+    leaf = [at for at in range(PAGE_BYTES, len(content), PAGE_BYTES) if content[at] == 13][-1]
+    content[leaf : leaf + PAGE_BYTES] = bytes(PAGE_BYTES)
+    files = {**files, "spool.db": bytes(content)}
+    good = _salvage_with_fault(tmp_path / "dry", files, Medium("read", 1 << 30, _failing))
+    holds, asked = Flash.holds, itertools.count(1)
+
+    def failing(self: Flash, lane: Lane, one: int) -> bool:
+        if next(asked) in (7, 40):
+            raise _failing_read()
+        return holds(self, lane, one)
+
+    monkeypatch.setattr(Flash, "holds", failing)
+    assert _salvage_with_fault(tmp_path / "hard", files, Medium("read", 1 << 30, _failing)) == good
+
+
+def _failing_read() -> sqlite3.Error:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+    return error
 
 
 def test_a_full_disk_ends_in_ram_with_an_alarm_and_comes_back(tmp_path: Path) -> None:
