@@ -455,13 +455,14 @@ class Spool:
             gone = unpacked(run.gone, run.id)
             for first, last in self._drain.gone.within(run.id, run.last_id):
                 gone.add(first, last)
+            size_bytes = self._held_bytes(flash, lane, run, gone)  # first: it may raise
             count = run.n - len(gone)
             dropped_before = dropped.count
             for first, last in gone.without(run.id, run.last_id):
                 dropped.add(first, last, last - first + 1)
                 self._leave(lane, first, last)
             assert dropped.count == dropped_before + count
-            dropped.bytes += self._held_bytes(flash, lane, run, gone)
+            dropped.bytes += size_bytes
             doomed.add(run.id, run.last_id)
             self._drain.gone.add(run.id, run.last_id)
             self._drain.drop(run.id, run.last_id)
