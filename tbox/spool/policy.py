@@ -275,6 +275,11 @@ class Drain:
         """Whether one of these ids is in flight."""
         return bool(self.in_flight) and not self.in_flight.keys().isdisjoint(range(first, last + 1))
 
+    def is_in_ram(self, lane: Lane, first: int, last: int) -> bool:
+        """Whether one of these ids is in flight or waits to be."""
+        fresh = self._lanes[lane].fresh.keys()
+        return self.is_flying(first, last) or not fresh.isdisjoint(range(first, last + 1))
+
     def requeue(self, in_open_tick: Callable[[int], Record | None]) -> None:
         """The link died: everything in flight is offered again, under its old id and in order of id."""
         back: dict[Lane, dict[int, Record]] = {lane: {} for lane in LANES}

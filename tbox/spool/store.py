@@ -187,6 +187,7 @@ class Spool:
         self._meter = WriteMeter()
         self._ballast: Ballast | None = None
         self._rescue = Rescue(storage, directory, connect)
+        self._suspects: dict[int, Lane] = {}  # runs, by their first ids, that did not unseal when read
         self._spoiled: set[int] = set()  # runs, by their first ids, whose rows the next commit keeps
         self._swept: dict[Lane, int] = dict.fromkeys(LANES, 0)
         self._outage = Outage()
@@ -249,7 +250,7 @@ class Spool:
     def _read(
         self, lane: Lane, after: int, records_max: int, bytes_max: int
     ) -> tuple[list[Record], int | None]:
-        """Read stored records for the drain. A run that does not unseal is given up, and told."""
+        """Read stored records for the drain. A run that does not unseal is left to the next tick."""
         if self._flash is None:
             return [], None
         first, ahead = self._unsealed
@@ -262,7 +263,7 @@ class Spool:
                 self._runs_read += 1
                 held = self._records_of(run)
                 if held is None:
-                    self._give_up(self._flash, lane, run)
+                    self._suspects[run.id] = lane
                 else:
                     records += held
         except sqlite3.Error as error:
@@ -288,17 +289,23 @@ class Spool:
         self._unsealed = run.id, records
         return records
 
-    def _give_up(self, flash: Flash, lane: Lane, run: Run) -> None:
-        """A run is not what was sealed: tell of its records, which nobody will be sent.
+    def _give_up_spoiled(self, flash: Flash) -> None:
+        """Tell of the records in runs that are not what was sealed: nobody will be sent them.
 
-        Its row stays where it is, all of it noted as gone, for a person with the key and patience: one
+        The row stays where it is, all of it noted as gone, for a person with the key and patience: one
         flipped bit of AES-GCM costs the proof of the whole run, but only one bit of its text. It goes when
-        the cap needs its room.
+        the cap needs its room. While RAM still holds some of the records, those are sent from there first.
         """
-        stored = StoredRun(run.id, run.n, run.kind, run.at_s, len(run.sealed or b""), run.gone)
-        self._doom(flash, lane, [stored], self._dropped["damage"])
-        self._spoiled.add(run.id)
-        log.error("spool_run_spoiled", id=run.id, records=run.n)
+        for one, lane in list(self._suspects.items()):
+            run = next((run for run in flash.read(lane, one - 1, 1, 1) if run.id == one), None)
+            if run is not None and self._drain.is_in_ram(lane, run.id, run.last_id):
+                continue
+            del self._suspects[one]
+            if run is not None and self._records_of(run) is None:
+                stored = StoredRun(run.id, run.n, run.kind, run.at_s, len(run.sealed or b""), run.gone)
+                self._spoiled.add(run.id)
+                self._doom(flash, lane, [stored], self._dropped["damage"])
+                log.error("spool_run_spoiled", id=run.id, records=run.n)
 
     # --- the tick -------------------------------------------------------------------------------------
 
@@ -316,6 +323,8 @@ class Spool:
             if self._flash is None:
                 self._attach(now)
             self._expire(now)
+            if self._suspects and self._flash is not None:
+                self._give_up_spoiled(self._flash)
             if self._outage.reason:
                 self._report_ram(now, force=True)
             self._fetch_salvaged()
@@ -627,6 +636,7 @@ class Spool:
         name = self._rescue.put_aside(self._start, held, self._drain.gone)
         log.error("spool_damaged", reason=str(error), put_aside=name)
         self._unsealed = 0, []
+        self._suspects.clear()
         self._uncounted_after = {}
 
     def _open_file(self) -> Flash:

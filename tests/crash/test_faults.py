@@ -20,6 +20,7 @@ import pytest
 from tbox.ledger import Ledger
 from tbox.model import NS_PER_S, Draft, Level, Now, Record, TimeQuality
 from tbox.spool.flash import PAGE_BYTES, Flash
+from tbox.spool.keyring import Keyring
 from tbox.spool.lock import SpoolLocked
 from tbox.spool.look import stat
 from tbox.spool.policy import Lane
@@ -363,6 +364,28 @@ def test_a_flipped_bit_in_a_body_costs_its_run_and_no_other(
     again, _drops, spool = _reopened(tmp_path, start + 1)
     assert not again and not spool.stat()["dropped"]  # told once
     spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
+
+
+def test_a_spoiled_run_that_is_partly_in_flight_is_told_once_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minter, ledger = Minter(1, random.Random(1)), Ledger()
+    spool = Spool.open(
+        str(tmp_path), settings(quota_bytes=1 << 24, live_records_max=1), start=1, mint=minter, now=Now(0),
+        ledger=ledger,
+    )  # fmt: skip
+    spool.append(_telemetry(minter, 10))
+    spool.tick(Now(1))
+    monkeypatch.setattr(Keyring, "unseal", lambda _self, _run: None)
+    (sent,) = _drain(spool, Now(2))  # the newest, from RAM
+    spool.tick(Now(3))
+    assert sent == minter.minted[-1].id and not spool.stat()["dropped"]
+    spool.ack([sent])
+    spool.tick(Now(4))
+    ledger.check()
+    assert spool.stat()["dropped"] == {"damage": 9} and spool.depth == 1  # the drop record
+    assert ledger.snapshot()["spool"]["out"] == 1
+    spool.close(Now(6), clean=True, ledger_totals={})
 
 
 def test_what_is_spoiled_leaves_when_the_cap_needs_its_room(
