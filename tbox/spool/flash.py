@@ -162,13 +162,22 @@ class Flash:
             for pragma in pragmas(quota_bytes):
                 self._db.execute(f"PRAGMA {pragma}").fetchall()
             schema.bring_up(self._db, path, migrate=migrate)
+            self._require_tables()
             self._look()
+        except UnicodeDecodeError as error:  # SQLite quotes a damaged schema, and Python cannot read that
+            self._db.close()
+            raise Damaged(str(error)) from error
         except BaseException:
             self._db.close()
             raise
 
     def close(self) -> None:
         self._db.close()
+
+    def _require_tables(self) -> None:
+        wrong = schema.fault(self._db)
+        if wrong:
+            raise Damaged(wrong)
 
     def _look(self) -> None:
         for lane in LANES:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tbox.durable import Storage
+from tbox.spool import schema
 from tbox.spool.flash import FILE_NAME, Connect, Run, is_sound
 from tbox.spool.policy import LANES, Lane, is_packed
 from tbox.spool.schema import Connection
@@ -93,9 +94,7 @@ def salvage(path: str, connect: Connect, after: Callable[[Lane], int], whole: Wh
     that cannot be opened at all yields one gap over everything.
     """
     try:
-        db = connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()
-        db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        db = _opened(path, connect)
     except sqlite3.Error:
         yield Found(LANES[0], None, 1, ID_MAX)
         return
@@ -105,6 +104,22 @@ def salvage(path: str, connect: Connect, after: Callable[[Lane], int], whole: Wh
     finally:
         with contextlib.suppress(sqlite3.Error):
             db.close()
+
+
+def _opened(path: str, connect: Connect) -> Connection:
+    db = connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()
+        try:
+            wrong = schema.fault(db)
+        except sqlite3.Error as error:
+            wrong = str(error)
+        if wrong:
+            schema.lay_for_reading(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 def _with_gaps(founds: Iterable[Found], upto: int) -> Iterator[Found]:

@@ -328,6 +328,28 @@ def _sealed(directory: Path, number: int) -> tuple[int, int, bytes]:
         return cast("tuple[int, int, bytes]", row.fetchone())
 
 
+@pytest.mark.slow
+def test_a_bit_flipped_in_the_text_of_the_schema_loses_no_record(
+    tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]]
+) -> None:
+    files, made = stopped
+    _put(files, tmp_path)
+    with closing(sqlite3.connect(tmp_path / "spool.db")) as db:
+        texts = [row[0].encode() for row in db.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL")]
+    rng = random.Random(4)
+    for number in range(120):
+        content = bytearray(files["spool.db"])
+        text = rng.choice(texts)
+        at = content.index(text) + rng.randrange(len(text))
+        content[at] ^= 1 << rng.randrange(8)
+        directory = tmp_path / str(number)
+        _put({**files, "spool.db": bytes(content)}, directory)
+        got, _drops, spool = _reopened(directory)
+        assert got == made, (number, at)
+        assert spool.stat()["state"] == "flash" and not spool.stat()["dropped"]
+        spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
+
+
 @pytest.mark.parametrize("partly_acked", [False, True])
 def test_a_flipped_bit_in_a_body_costs_its_run_and_no_other(
     tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]], partly_acked: bool

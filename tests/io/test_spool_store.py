@@ -327,6 +327,14 @@ def test_a_spool_made_on_trial_is_one_that_the_first_release_could_have_made(
     again.close()
 
 
+def test_the_tables_stand_where_a_salvage_looks_for_them(tmp_path: Path) -> None:
+    Rig(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / "spool.db")) as db:
+        assert schema.fault(db) is None
+        tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    assert {name for (name,) in tables} == set(schema.LAYOUT)
+
+
 def test_the_largest_cap_fits_what_sqlite_can_count() -> None:
     largest = 16 * 1024**3
     assert SpoolSettings(quota_bytes=largest).quota_bytes == largest
