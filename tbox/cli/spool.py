@@ -19,10 +19,10 @@ from tbox.control import request
 from tbox.durable import OsStorage
 from tbox.errors import Refused, TboxError
 from tbox.spool import look
-from tbox.spool.flash import FILE_NAME, Flash, Run
+from tbox.spool.flash import FILE_NAME, Flash, Run, is_damage
 from tbox.spool.keyring import KEY_FILE_NAME, Keyring, copied_keys, open_keyring
 from tbox.spool.lock import DirectoryLock, SpoolError, SpoolLocked
-from tbox.spool.recover import DAMAGED_NAME, salvage
+from tbox.spool.recover import DAMAGED_NAME, LOG_SUFFIX, salvage
 
 ANSWER_S = 30.0
 TAIL_MAX = 1000
@@ -48,16 +48,20 @@ def _stopped(directory: str, key_file: str) -> Iterator[tuple[Flash, Keyring]]:
     try:
         path = f"{directory}/{FILE_NAME}"
         if not Path(path).exists():
-            raise SpoolError("there is no spool here", where=directory, mend="name the spool's directory")
+            raise _no_spool(directory)
         try:
             with contextlib.closing(Flash(path, sqlite3.connect, QUOTA_BYTES_MAX, migrate=False)) as flash:
                 yield flash, _keys(directory, key_file, flash)
         except sqlite3.Error as error:
-            raise SpoolError(
+            raise (Refused if is_damage(error) else SpoolError)(
                 f"cannot read the spool: {error}", where=path, mend="try `tbox spool salvage`"
             ) from error
     finally:
         lock.release()
+
+
+def _no_spool(directory: str) -> SpoolError:
+    return SpoolError("there is no spool here", where=directory, mend="name the spool's directory")
 
 
 def _keys(directory: str, key_file: str, flash: Flash) -> Keyring:
@@ -145,15 +149,17 @@ def salvage_command(directory: str, key_file: str, out: TextIO) -> None:
     """Read what can be read of a damaged spool, run by run, as JSON lines; the spool stays as it is."""
     lock = DirectoryLock(directory)
     try:
-        keys = open_keyring(
-            OsStorage(), key_file or f"{directory}/{KEY_FILE_NAME}", [], _no_random, has_data=True
-        )
-        keys.learn(copied_keys(OsStorage(), directory))
-        counts = {"records": 0, "gaps": 0}
         names = [path.name for path in sorted(Path(directory).glob(f"{FILE_NAME}*"))]
-        for name in names:
-            if name == FILE_NAME or (name.startswith(DAMAGED_NAME) and not name.endswith("-wal")):
-                _salvage_file(f"{directory}/{name}", keys, out, counts)
+        files = [name for name in names if name == FILE_NAME or name.startswith(DAMAGED_NAME)]
+        files = [name for name in files if not name.endswith(LOG_SUFFIX)]
+        if not files:
+            raise _no_spool(directory)
+        key = key_file or f"{directory}/{KEY_FILE_NAME}"
+        copied = copied_keys(OsStorage(), directory)
+        keys = open_keyring(OsStorage(), key, copied, _no_random, has_data=True)
+        counts = {"records": 0, "spoiled": 0, "gaps": 0}
+        for name in files:
+            _salvage_file(f"{directory}/{name}", keys, out, counts)
     finally:
         lock.release()
     print(json.dumps(counts), file=sys.stderr)
@@ -166,7 +172,8 @@ def _salvage_file(path: str, keys: Keyring, out: TextIO, counts: dict[str, int])
         return all(record["payload"] is not None for record in look.described(run, keys))
 
     for found in salvage(path, sqlite3.connect, lambda _lane: 0, whole):
-        counts["gaps"] += found.run is None
         for record in look.described(found.run, keys) if found.run else ():
-            print(json.dumps(record), file=out)
-            counts["records"] += 1
+            counts["records" if found.whole else "spoiled"] += 1
+            if found.whole:
+                print(json.dumps(record), file=out)
+        counts["gaps"] += found.run is None

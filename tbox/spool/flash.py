@@ -8,13 +8,14 @@ COMMIT is used, so that a recording connection can stand in.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tbox.model import COUNTER_BITS
 from tbox.spool import schema
-from tbox.spool.policy import LANES, RUN_RECORDS_MAX, IdRanges, Lane, StoredRun, packed, unpacked
+from tbox.spool.policy import LANES, RUN_RECORDS_MAX, IdRanges, Lane, StoredRun, is_packed, packed, unpacked
 from tbox.spool.schema import Connection
 
 # Small pages waste least beside what a commit writes anyway: the first page, an inner page, a half-full leaf.
@@ -63,10 +64,16 @@ class Run(NamedTuple):
         return self.id + self.n - 1
 
 
-def is_sound(n: Any, kind: Any, level: Any, sealed: Any) -> bool:
+def is_sound(run: Run | StoredRun) -> bool:
     """Whether a row's columns can be those of a run: damage may leave any type in any column."""
-    numbers = all(isinstance(one, int) for one in (n, kind, level))
-    return numbers and 1 <= n <= RUN_RECORDS_MAX and isinstance(sealed, bytes | None)
+    level, sealed = (run.level, run.sealed) if isinstance(run, Run) else (0, None)
+    numbers = all(isinstance(one, int) for one in (run.n, run.kind, level))
+    return (
+        numbers
+        and 1 <= run.n <= RUN_RECORDS_MAX
+        and isinstance(sealed, bytes | None)
+        and is_packed(run.gone, run.id)
+    )
 
 
 class StartRow(NamedTuple):
@@ -137,7 +144,7 @@ def pragmas(quota_bytes: int) -> list[str]:
     ]
 
 
-COLUMNS = "r.id, r.n, r.kind, r.level, r.at, r.sealed, p.gone"
+_COLUMNS = "r.id, r.n, r.kind, r.level, r.at, r.sealed, p.gone"
 _SIZES = "r.id, r.n, r.kind, r.at, length(r.sealed), p.gone"
 TABLES = "{} r LEFT JOIN partly p ON p.id = r.id"
 
@@ -155,7 +162,11 @@ class Flash:
             for pragma in pragmas(quota_bytes):
                 self._db.execute(f"PRAGMA {pragma}").fetchall()
             schema.bring_up(self._db, path, migrate=migrate)
+            self._require_tables()
             self._look()
+        except UnicodeDecodeError as error:  # SQLite quotes a damaged schema, and Python cannot read that
+            self._db.close()
+            raise Damaged(str(error)) from error
         except BaseException:
             self._db.close()
             raise
@@ -163,13 +174,19 @@ class Flash:
     def close(self) -> None:
         self._db.close()
 
+    def _require_tables(self) -> None:
+        wrong = schema.fault(self._db)
+        if wrong:
+            raise Damaged(wrong)
+
     def _look(self) -> None:
         for lane in LANES:
-            sql = f"SELECT id, n, sealed IS NULL FROM {lane.name} ORDER BY id DESC LIMIT 1"
+            sql = f"SELECT {_SIZES} FROM {TABLES.format(lane.name)} ORDER BY r.id DESC LIMIT 1"
             found = self._db.execute(sql).fetchone()
-            self._require(not found or is_sound(found[1], 0, 0, None), 0)
-            self._newest[lane] = found[0] + found[1] - 1 if found else 0
-            self._tombstone[lane] = found[0] if found and found[2] else None
+            newest = StoredRun(*found) if found else None
+            self._require(newest is None or is_sound(newest), 0)
+            self._newest[lane] = newest.last_id if newest else 0
+            self._tombstone[lane] = newest.id if newest and newest.sealed_bytes is None else None
 
     # --- transaction ------------------------------------------------------------------------------
 
@@ -199,8 +216,10 @@ class Flash:
                 self._db.execute(f"DELETE FROM {lane.name} WHERE id = ?", (self._tombstone[lane],))
                 self._tombstone[lane] = None
 
-    def delete(self, ids: IdRanges) -> None:
+    def delete(self, ids: IdRanges, kept: Collection[int] = ()) -> None:
         """Take records off the flash: whole runs are removed, of others it is noted what is gone.
+
+        kept: runs, by their first ids, of which only that is noted even when nothing of them is left.
 
         The newest run of a table stays as an empty row. It is the only trace of how far a start had
         committed, and costs no page that is not written anyway.
@@ -212,7 +231,7 @@ class Flash:
                 gone = unpacked(run.gone, run.id)
                 for first, last in ids.within(run.id, run.last_id):
                     gone.add(first, last)
-                if len(gone) < run.n:
+                if len(gone) < run.n or run.id in kept:
                     self._note_gone(run, gone)
                     continue
                 if run.gone is not None:
@@ -239,8 +258,8 @@ class Flash:
             if last <= upto or first > self._newest[lane]:
                 continue
             for row in self._db.execute(sql, (last, first)).fetchall():
-                self._require(is_sound(row[1], row[2], 0, None), row[0])
                 run = StoredRun(*row)
+                self._require(is_sound(run), run.id)
                 if run.last_id >= first:
                     found[run.id] = run
                     upto = run.last_id
@@ -284,25 +303,31 @@ class Flash:
 
         The first may have begun at or before `after`. Raises Damaged when rows do not follow one another.
         """
-        if after >= self._newest[lane]:
+        if after >= self._newest[lane] or bytes_max <= 0 or records_max <= 0:
             return []
+        runs: list[Run] = []
+        with contextlib.closing(self.rows(lane, after)) as rows:
+            for run in rows:
+                self._require(is_sound(run), run.id)
+                if run.last_id <= after and not runs:
+                    continue
+                self._require(run.id > (runs[-1].last_id if runs else 0), run.id)
+                runs.append(run)
+                records_max -= run.last_id - max(after, run.id - 1)
+                bytes_max -= len(run.sealed or b"")
+                if bytes_max <= 0 or records_max <= 0:
+                    break
+        return runs
+
+    def rows(self, lane: Lane, after: int) -> Generator[Run]:
+        """Yield the rows from the one that may hold `after` on as they stand, whatever is in them."""
         sql = (
-            f"SELECT {COLUMNS} FROM {TABLES.format(lane.name)} "
+            f"SELECT {_COLUMNS} FROM {TABLES.format(lane.name)} "
             f"WHERE r.id >= ifnull((SELECT max(id) FROM {lane.name} WHERE id <= ?), 0) ORDER BY r.id"
         )
-        cursor = self._db.execute(sql, (after,))
-        runs: list[Run] = []
-        while bytes_max > 0 and records_max > 0 and (found := cursor.fetchone()) is not None:
-            self._require(is_sound(found[1], found[2], found[3], found[5]), found[0])
-            run = Run(*found)
-            if run.last_id <= after and not runs:
-                continue
-            self._require(run.id > (runs[-1].last_id if runs else 0), run.id)
-            runs.append(run)
-            records_max -= run.last_id - max(after, run.id - 1)
-            bytes_max -= len(run.sealed or b"")
-        cursor.close()
-        return runs
+        with contextlib.closing(self._db.execute(sql, (after,))) as cursor:
+            while (found := cursor.fetchone()) is not None:
+                yield Run(*found)
 
     def sizes(self, lane: Lane, after: int, rows_max: int) -> list[StoredRun]:
         """Return the next runs that begin behind `after`, without what is sealed in them."""
@@ -312,7 +337,7 @@ class Flash:
         )
         runs = [StoredRun(*row) for row in self._db.execute(sql, (after, rows_max)).fetchall()]
         for run in runs:
-            self._require(is_sound(run.n, run.kind, 0, None) and run.id > after, run.id)
+            self._require(is_sound(run) and run.id > after, run.id)
             after = run.last_id
         return runs
 

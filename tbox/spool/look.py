@@ -6,12 +6,14 @@ The commands use it on a stopped spool, the spool's thread on a live one.
 from __future__ import annotations
 
 import base64
+import contextlib
 import heapq
+import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tbox.model import COUNTER_MAX
-from tbox.spool.flash import COLUMNS, TABLES, Flash, Run
+from tbox.spool.flash import Flash, Run, is_damage, is_sound
 from tbox.spool.keyring import Keyring
 from tbox.spool.policy import LANES, Lane, unpacked
 from tbox.spool.schema import KIND_NAMES
@@ -26,14 +28,19 @@ def stat(flash: Flash) -> dict[str, Any]:
     """Return what a stopped spool holds, by lane and by start."""
     lanes: dict[str, Any] = {}
     for lane in LANES:
-        count = size = 0
+        count = size = spoiled = 0
         oldest = newest = None
         after = 0
         while runs := flash.sizes(lane, after, READ_ROWS):
             oldest, newest, after = oldest or runs[0].id, runs[-1].last_id, runs[-1].last_id
-            count += sum(run.n - len(unpacked(run.gone, run.id)) for run in runs)
+            held = [run.n - len(unpacked(run.gone, run.id)) for run in runs]
+            count += sum(held)
+            spoiled += held.count(0)  # given up, and kept for a person
             size += sum(run.sealed_bytes - sealed_overhead_bytes(run.n) for run in runs)
-        lanes[lane.name] = {"records": count, "oldest_id": oldest, "newest_id": newest, "bytes": size}
+        lanes[lane.name] = {
+            "records": count, "oldest_id": oldest, "newest_id": newest, "bytes": size,
+            "spoiled_runs": spoiled,
+        }  # fmt: skip
     starts = [
         {"start": row.start, "clean": bool(row.clean), "last_id": row.last_id} for row in flash.starts()
     ]
@@ -70,24 +77,36 @@ def glance(flash: Flash, keys: Keyring | None) -> dict[str, Any]:
 
 
 def _verdict(flash: Flash, check: str, found: Iterable[dict[str, Any]], *, whole: bool) -> dict[str, Any]:
-    faults = [row[0] for row in flash.execute(f"PRAGMA {check}({FAULTS_MAX})") if row[0] != "ok"]
+    faults: list[str] = []
     count = unreadable = 0
-    for record in found:
-        count += 1
-        unreadable += record["payload"] is None
+    with _noting(faults, check):
+        faults += [row[0] for row in flash.execute(f"PRAGMA {check}({FAULTS_MAX})") if row[0] != "ok"]
+    with _noting(faults, "reading the records"):
+        for record in found:
+            count += 1
+            unreadable += record["payload"] is None
     return {"records": count, "unreadable": unreadable, "faults": faults, "whole": whole}
 
 
+@contextlib.contextmanager
+def _noting(faults: list[str], what: str) -> Iterator[None]:
+    """Damage that ends what is done within is a fault like those that do not."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        if not is_damage(error):
+            raise
+        faults.append(f"{what}: {error}")
+
+
 def _runs(flash: Flash, lane: Lane, after: int) -> Iterator[Run]:
-    sql = f"SELECT {COLUMNS} FROM {TABLES.format(lane.name)} WHERE r.id > ? ORDER BY r.id LIMIT {READ_ROWS}"
-    while rows := flash.execute(sql, (after,)):
-        runs = [Run(*row) for row in rows]
-        after = runs[-1].id
-        yield from (run for run in runs if run.sealed is not None)
+    return (run for run in flash.rows(lane, after) if run.sealed is not None and run.id > after)
 
 
 def described(run: Run, keys: Keyring | None) -> Iterator[dict[str, Any]]:
     """Yield the records of a run for people; payload None when it cannot be unsealed."""
+    if not is_sound(run):
+        run, keys = Run(run.id, 1, 0, 0, None, b""), None  # nobody can say how many there were
     kind = KIND_NAMES.get(run.kind, str(run.kind))
     payloads = keys.unseal(run) if keys is not None else None
     gone = unpacked(run.gone, run.id)

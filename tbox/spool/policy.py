@@ -8,7 +8,8 @@ from __future__ import annotations
 import bisect
 import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ CLOCK_JUMP_S = 60
 # How many reads one call may make when what it reads turns out to be in flight or doomed.
 READS_MAX = 4
 _OFFSETS = struct.Struct("<HH")
+_SUM = struct.Struct("<I")
 
 
 class IdRanges:
@@ -132,19 +134,20 @@ def lane_of(record: Record) -> Lane:
 def runs_of(records: Iterable[Record]) -> Iterator[list[Record]]:
     """Cut records into runs: consecutive ids of one kind and level, up to the limits of a run."""
     run: list[Record] = []
-    next_id = size_bytes = 0
+    next_id = size_bytes = level = 0
+    kind = ""
     for record in records:
         size_bytes += len(record.payload)
         if (
             record.id != next_id
-            or record.level != run[0].level
-            or record.kind != run[0].kind
+            or record.level != level
+            or record.kind != kind
             or size_bytes > RUN_BYTES_MAX
             or len(run) == RUN_RECORDS_MAX
         ):
             if run:
                 yield run
-            run, size_bytes = [], len(record.payload)
+            run, size_bytes, level, kind = [], len(record.payload), record.level, record.kind
         run.append(record)
         next_id = record.id + 1
     if run:
@@ -193,13 +196,17 @@ class Drain:
         self._again: dict[int, Lane] = {}  # was in flight when the link died; a late PUBACK still counts
         self.gone = IdRanges()  # acknowledged or evicted, and still on flash
 
-    def append(self, record: Record) -> Lane:
-        """Take a new record; return the lane it goes by."""
-        lane = lane_of(record)
+    def append(self, records: Sequence[Record]) -> bool:
+        """Take new records; return whether an alarm is among them."""
+        alarms = [record for record in records if record.is_alarm]
+        self._add_fresh(ALARM, alarms)
+        self._add_fresh(ROUTINE, [one for one in records if not one.is_alarm] if alarms else records)
+        return bool(alarms)
+
+    def _add_fresh(self, lane: Lane, records: Sequence[Record]) -> None:
         state = self._lanes[lane]
-        state.fresh[record.id] = record
-        state.fresh_bytes += len(record.payload)
-        return lane
+        state.fresh |= {record.id: record for record in records}
+        state.fresh_bytes += sum(len(record.payload) for record in records)
 
     def offer(self, mono_ns: int, room: int, read: Reader, bytes_max: int) -> list[Record]:
         """Return at most `room` records in drain order and mark them in flight."""
@@ -281,6 +288,11 @@ class Drain:
         """Whether one of these ids is in flight."""
         return bool(self.in_flight) and not self.in_flight.keys().isdisjoint(range(first, last + 1))
 
+    def is_in_ram(self, lane: Lane, first: int, last: int) -> bool:
+        """Whether one of these ids is in flight or waits to be."""
+        fresh = self._lanes[lane].fresh.keys()
+        return self.is_flying(first, last) or not fresh.isdisjoint(range(first, last + 1))
+
     def requeue(self, in_open_tick: Callable[[int], Record | None]) -> None:
         """The link died: everything in flight is offered again, under its old id and in order of id."""
         back: dict[Lane, dict[int, Record]] = {lane: {} for lane in LANES}
@@ -296,15 +308,21 @@ class Drain:
                 self._replace_fresh(lane, {**records, **self._lanes[lane].fresh})
         self.in_flight.clear()
 
-    def trim(self, records_max: int, bytes_max: int, in_open_tick: Callable[[int], Record | None]) -> None:
+    def trim(self, records_max: int, bytes_max: int, open_tick: Container[int]) -> None:
         """Let the oldest live records that are safe on flash leave RAM; they become backlog."""
         for state in self._lanes.values():
-            for one in list(state.fresh):
-                if len(state.fresh) <= records_max and state.fresh_bytes <= bytes_max:
+            leaving: list[int] = []
+            left, left_bytes = len(state.fresh), state.fresh_bytes
+            for one, record in state.fresh.items():
+                if left <= records_max and left_bytes <= bytes_max:
                     break
-                if in_open_tick(one) is None:
-                    state.fresh_bytes -= len(state.fresh.pop(one).payload)
-                    state.cursor = min(state.cursor, one - 1)
+                if one not in open_tick:
+                    leaving.append(one)
+                    left, left_bytes = left - 1, left_bytes - len(record.payload)
+            for one in leaving:
+                del state.fresh[one]
+            state.fresh_bytes = left_bytes
+            state.cursor = min([state.cursor, *(one - 1 for one in leaving)])
 
     def drop(self, first: int, last: int) -> None:
         """These records will not be sent any more."""
@@ -353,13 +371,26 @@ class StoredRun(NamedTuple):
 
 
 def packed(ranges: IdRanges, first_id: int) -> bytes:
-    """Return what of a run is gone as it stands in `partly`: offsets of range ends from its first id."""
-    return b"".join(_OFFSETS.pack(first - first_id, last - first_id) for first, last in ranges)
+    """Return what of a run is gone as it stands in `partly`: offsets of range ends, and a sum in front.
+
+    It is not sealed with the run, and a flipped bit in it would lose a record in silence.
+    """
+    offsets = b"".join(_OFFSETS.pack(first - first_id, last - first_id) for first, last in ranges)
+    return _SUM.pack(zlib.crc32(offsets, first_id & 0xFFFF_FFFF)) + offsets
+
+
+def is_packed(gone: object, first_id: int) -> bool:
+    """Whether this is what `packed` has returned for the run, or None for one of which all is held."""
+    if gone is None:
+        return True
+    if not isinstance(gone, bytes) or len(gone) % _OFFSETS.size or len(gone) <= _SUM.size:
+        return False
+    return _SUM.pack(zlib.crc32(gone[_SUM.size :], first_id & 0xFFFF_FFFF)) == gone[: _SUM.size]
 
 
 def unpacked(gone: bytes | None, first_id: int) -> IdRanges:
     ranges = IdRanges()
-    for first, last in _OFFSETS.iter_unpack(gone or b""):
+    for first, last in _OFFSETS.iter_unpack(gone[_SUM.size :] if gone else b""):
         ranges.add(first_id + first, first_id + last)
     return ranges
 

@@ -1,8 +1,9 @@
 """A damaged spool file is put aside and its runs are fetched back one by one. Never writes to that file.
 
 Putting aside is two renames, log first, and can be cut between them: `finish_setting_aside` ends it. Both
-tables are walked side by side in order of id, and only a run that unseals counts: whatever ids are missing
-between two of them are told, since nobody can say any more whether they were acknowledged or lost.
+tables are walked side by side in order of id, and only a run that unseals comes back. Of one that is
+readable but changed it is told how many records it held; whatever other ids are missing are told as a range
+without a count, since nobody can say any more whether they were acknowledged or lost.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import heapq
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tbox.durable import Storage
+from tbox.spool import schema
 from tbox.spool.flash import FILE_NAME, Connect, Run, is_sound
-from tbox.spool.policy import LANES, RUN_RECORDS_MAX, Lane
+from tbox.spool.policy import LANES, Lane, is_packed
 from tbox.spool.schema import Connection
 
 DAMAGED_NAME = f"{FILE_NAME}.damaged-"
@@ -70,12 +72,16 @@ def remove_aside(storage: Storage, directory: str, name: str) -> None:
 
 
 class Found(NamedTuple):
-    """A run that came back, or a range of ids (run None) of which nobody knows what was still held."""
+    """A run that came back, or a range of ids (run None) of which nobody knows what was still held.
+
+    whole False: the run is not what was sealed; only its length, and what of it is gone, can be believed.
+    """
 
     lane: Lane
     run: Run | None
     first: int
     last: int
+    whole: bool = True
 
 
 Whole = Callable[[Run], bool]
@@ -88,9 +94,7 @@ def salvage(path: str, connect: Connect, after: Callable[[Lane], int], whole: Wh
     that cannot be opened at all yields one gap over everything.
     """
     try:
-        db = connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()
-        db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        db = _opened(path, connect)
     except sqlite3.Error:
         yield Found(LANES[0], None, 1, ID_MAX)
         return
@@ -100,6 +104,22 @@ def salvage(path: str, connect: Connect, after: Callable[[Lane], int], whole: Wh
     finally:
         with contextlib.suppress(sqlite3.Error):
             db.close()
+
+
+def _opened(path: str, connect: Connect) -> Connection:
+    db = connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("PRAGMA locking_mode=EXCLUSIVE").fetchall()
+        try:
+            wrong = schema.fault(db)
+        except sqlite3.Error as error:
+            wrong = str(error)
+        if wrong:
+            schema.lay_for_reading(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 def _with_gaps(founds: Iterable[Found], upto: int) -> Iterator[Found]:
@@ -121,24 +141,41 @@ def _salvage_lane(db: Connection, lane: Lane, after: int, whole: Whole) -> Itera
     first: int | None = 0
     while first is not None:
         doubtful = False  # something stood here that is not what was sealed
+        changed: list[Run] = []  # of that, the runs whose length can be read
         try:
             for run in _walk(db, lane, first, after):
                 if run.last_id <= after:
-                    doubtful |= run.id > after or not 1 <= run.n <= RUN_RECORDS_MAX
+                    doubtful |= run.id > after or not run.n
                     continue
-                if run.id <= after or not 1 <= run.n <= RUN_RECORDS_MAX or not whole(run):
+                if run.id <= after or not run.n or not whole(run):
+                    if not first and not after:
+                        after = max(0, run.id - 1)  # the table begins here
+                    changed += [run] if run.n else []
                     doubtful = True
                     continue
-                if doubtful and run.id > after + 1:
-                    yield Found(lane, None, after + 1, run.id - 1)
+                if doubtful:
+                    yield from _gaps(lane, after + 1, run.id - 1, changed)
                 yield Found(lane, run, run.id, run.last_id)
-                after, doubtful = run.last_id, False
+                after, doubtful, changed = run.last_id, False, []
             first = None
         except sqlite3.Error:
             doubtful, first = True, _seek(db, lane, after, whole)
-        end = ID_MAX if first is None else first - 1
-        if doubtful and end > after:
-            yield Found(lane, None, after + 1, end)
+        if doubtful:
+            yield from _gaps(lane, after + 1, ID_MAX if first is None else first - 1, changed)
+
+
+def _gaps(lane: Lane, first: int, last: int, changed: Sequence[Run]) -> Iterator[Found]:
+    """Tell first..last, from where nothing came back: the changed runs in it, and what is between them."""
+    ends = [run.id - 1 for run in changed[1:]] + [last]
+    for run, end in zip(changed, ends, strict=False):
+        end = min(run.last_id, end)
+        if first <= run.id <= end:
+            if first < run.id:
+                yield Found(lane, None, first, run.id - 1)
+            yield Found(lane, run._replace(n=end - run.id + 1), run.id, end, whole=False)
+            first = end + 1
+    if first <= last:
+        yield Found(lane, None, first, last)
 
 
 def _walk(db: Connection, lane: Lane, first: int, after: int) -> Iterator[Run]:
@@ -157,16 +194,21 @@ def _walk(db: Connection, lane: Lane, first: int, after: int) -> Iterator[Run]:
 
 
 def _run_of(db: Connection, row: Any) -> Iterator[Run]:
+    """Yield the run in a row, if there is one; of no length when the row cannot be that of a run."""
     if row[5] is not None:
-        sound = is_sound(row[1], row[2], row[3], row[5])
-        yield Run(*row)._replace(gone=_gone(db, row[0])) if sound else Run(row[0], 0, 0, 0, None, b"")
+        run = Run(*row)
+        yield run._replace(gone=_gone(db, run.id)) if is_sound(run) else Run(run.id, 0, 0, 0, None, b"")
 
 
 def _gone(db: Connection, one: int) -> bytes | None:
-    """Return what of a run is gone; where that cannot be read any more, all of it comes back."""
+    """Return what of a run is gone; where that cannot be read any more, all of it comes back.
+
+    So a damaged page of `partly` repeats what was acknowledged of the runs on it, under the old ids: the
+    only other choice is to lose what was not.
+    """
     with contextlib.suppress(sqlite3.Error):
         row = db.execute("SELECT gone FROM partly WHERE id = ?", (one,)).fetchone()
-        return row[0] if row else None
+        return row[0] if row and is_packed(row[0], one) else None
     return None
 
 

@@ -8,6 +8,7 @@ another family is refused with its data untouched.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
@@ -72,6 +73,63 @@ def _lay_tables(db: Any) -> None:
     db.create_view("runs", _PEOPLE_VIEW.format(names=names))
 
 
+_RUN_COLUMNS = ("id", "n", "kind", "level", "at", "sealed")
+_START_COLUMNS = ("start", "key_id", "wrapped", "clean", "last_id", "ledger")
+# Where `_lay_tables` puts each table, its root page and its columns. Steps only add columns behind them.
+LAYOUT: dict[str, tuple[int, tuple[str, ...]]] = {
+    "alarm": (2, _RUN_COLUMNS),
+    "routine": (3, _RUN_COLUMNS),
+    "partly": (4, ("id", "gone")),
+    "away": (5, ("first", "last")),
+    "start": (6, _START_COLUMNS),
+    "salvage": (7, ("file", "alarm_after", "routine_after", "done")),
+}
+
+
+def fault(connection: Connection) -> str | None:
+    """Return what of the tables is not as it was made, None when all is.
+
+    SQLite believes what page 1 says of them: a flipped bit there hides a column, a key or a whole table.
+    """
+    try:
+        return _fault(connection)
+    except UnicodeDecodeError as error:  # SQLite quotes what it cannot parse
+        return str(error)
+    except sqlite3.OperationalError as error:
+        if hasattr(error, "sqlite_errorcode"):
+            raise
+        return str(error)  # not SQLite's: a name is no text
+
+
+def _fault(connection: Connection) -> str | None:
+    roots = dict(
+        connection.execute("SELECT name, rootpage FROM sqlite_master WHERE type = 'table'").fetchall()
+    )
+    for name, (root, columns) in LAYOUT.items():
+        found = connection.execute(f"PRAGMA table_info({name})").fetchall()
+        names = tuple(row[1] for row in found)[: len(columns)]
+        key = [(row[1], row[2]) for row in found if row[5]]
+        kind = "TEXT" if name == "salvage" else "INTEGER"
+        if roots.get(name) != root or names != columns or key != [(columns[0], kind)]:
+            return f"table {name} is not as it was made"
+    return None
+
+
+def lay_for_reading(connection: Connection) -> None:
+    """Let the runs be read whatever page 1 says of them, in a transaction that must not be committed."""
+    connection.execute("PRAGMA writable_schema=ON").fetchall()
+    connection.execute("PRAGMA cache_spill=OFF").fetchall()  # nothing of it may reach the file
+    with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
+        connection.execute("SELECT 1 FROM sqlite_master").fetchone()  # the first statement says what is wrong
+    connection.execute("BEGIN")
+    connection.execute("DELETE FROM sqlite_master")
+    for name in ("alarm", "routine", "partly"):
+        root, (key, *others) = LAYOUT[name]
+        made = f"CREATE TABLE {name} ({key} INTEGER PRIMARY KEY, {', '.join(others)})"
+        connection.execute("INSERT INTO sqlite_master VALUES ('table', ?, ?, ?, ?)", (name, name, root, made))
+    connection.execute("PRAGMA writable_schema=RESET").fetchall()
+
+
 Migration = Callable[[Any], None]
 
 # One entry a released step, in order; entry 0 makes the tables. Never edited after a release, only added to.
@@ -96,7 +154,7 @@ def bring_up(connection: Connection, where: str, *, migrate: bool = True) -> Non
             where=where,
             mend="run the release that wrote it until it is drained, or name another directory",
         )
-    done = found % FAMILY_SIZE
+    done = found % FAMILY_SIZE or int(fault(connection) is None)  # a flipped bit may hide that they are made
     if done >= len(migrations):
         return
     import_without("sqlite_utils", "pandas")  # 40 MB that a daemon would never give back

@@ -69,7 +69,7 @@ def highest_start_seen(
         seen = max((row.start for row in copied_keys(storage, directory)), default=0)
         if not storage.exists(path):
             return seen
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error, UnicodeDecodeError):
             seen = max(seen, _highest_in_file(path, connect))
         return seen
     finally:

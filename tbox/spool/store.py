@@ -8,9 +8,10 @@ how rows are stored in `flash`, how they are sealed in `seal` and `keyring`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -18,12 +19,11 @@ import structlog
 
 from tbox.durable import OsStorage, Storage
 from tbox.ledger import Ledger
-from tbox.model import COUNTER_BITS, NS_PER_S, Draft, Level, Now, Record
+from tbox.model import COUNTER_BITS, Draft, Level, Now, Record
 from tbox.spool.ballast import Ballast
 from tbox.spool.flash import (
     FILE_NAME,
     Connect,
-    Damaged,
     Flash,
     Run,
     StartRow,
@@ -43,6 +43,7 @@ from tbox.spool.keyring import (
 )
 from tbox.spool.lock import DirectoryLock, SpoolError, SpoolLocked
 from tbox.spool.meter import WriteMeter
+from tbox.spool.outage import Outage
 from tbox.spool.policy import (
     ALARM,
     LANES,
@@ -63,7 +64,8 @@ from tbox.spool.policy import (
     trusted_wall_s,
     unpacked,
 )
-from tbox.spool.recover import Found, finish_setting_aside, remove_aside, salvage, set_aside
+from tbox.spool.recover import Found
+from tbox.spool.rescue import Rescue
 from tbox.spool.schema import KIND_CODES, KIND_NAMES
 from tbox.spool.seal import Random, sealed_overhead_bytes
 from tbox.spool.starts import PreviousStart, needed_starts, previous_start
@@ -74,17 +76,15 @@ T = TypeVar("T")
 
 READ_BYTES_MAX = 64 * 1024  # payload read from flash in one offer: a record that comes meanwhile waits for it
 READ_RECORDS_MAX = 256
+# What is read is soon acknowledged and deleted; SQLite visits every page of it, and live records wait.
+READ_RUNS_PER_COMMIT = 128
 EVICT_ROWS_READ = 256
 # Pages the drop record and the tables' inner nodes may still need after an eviction.
 EVICTION_HEADROOM_BYTES = 8 * 1024
 SWEEP_ROWS_PER_TICK = 256  # rows looked at for their age
-SALVAGE_RUNS_PER_TICK = 512
 COMMIT_BYTES_MAX = 1024 * 1024  # one transaction; less than what the hard cap leaves above the quota
 COUNT_ROWS_AT_OPEN = 8192  # backlog of earlier starts counted before the first tick
 COUNT_ROWS_PER_TICK = 2048
-RETRY_S_FIRST = 1.0
-RETRY_S_MAX = 30.0
-RAM_REPORT_S = 60.0  # how often a full RAM ring says what it dropped
 CAUSES = ("damage", "age", "quota")
 
 
@@ -135,6 +135,7 @@ class Spool:
         except (sqlite3.Error, OSError) as error:
             spool._fall_to_ram(now, error)
         except BaseException:
+            spool._meter.close()
             spool._lock.release()
             raise
         return spool
@@ -181,27 +182,15 @@ class Spool:
         # it may be on flash all the same.
         self._tried: list[tuple[Lane, Run]] = []
         self._unsealed: tuple[int, list[Record]] = (0, [])  # the run read last: id, what is held of it
+        self._runs_read = 0  # since the last commit
         self._settled_clock = SettledClock()
         self._meter = WriteMeter()
         self._ballast: Ballast | None = None
-        self._aside: list[str] = []  # damaged files whose rows are still to be fetched
-        self._salvage: Iterator[Found] | None = None
-        self._salvage_ended = False
-        self._salvaging_moved = False  # something of it waits for the next commit
-        self._salvaged_upto: dict[Lane, int] = dict.fromkeys(LANES, 0)
-        self._returned: list[tuple[Lane, Run]] = []
-        self._returned_bytes = 0
-        self._left_since = IdRanges()  # acknowledged or dropped while a salvage is under way
-        self._awaiting = 0  # held records that went with a file which was damaged while we ran
-        self._awaited = 0  # the same of the file that is being salvaged
-        self._awaited_all = False  # and these are all that it held
+        self._rescue = Rescue(storage, directory, connect)
+        self._suspects: dict[int, Lane] = {}  # runs, by their first ids, that did not unseal when read
+        self._spoiled: set[int] = set()  # runs, by their first ids, whose rows the next commit keeps
         self._swept: dict[Lane, int] = dict.fromkeys(LANES, 0)
-        self._ram_dropped = Dropped("ram")
-        self._ram_reported_ns = 0
-        self._ram_reason = ""
-        self._ram_since_ns = 0
-        self._retry_ns = 0
-        self._retry_s = RETRY_S_FIRST
+        self._outage = Outage()
         self._highest_id = 0
         self._now = Now(0)
         self.previous: PreviousStart | None = None
@@ -210,11 +199,13 @@ class Spool:
 
     def append(self, records: Sequence[Record]) -> None:
         """Take records into the open tick. They are safe when a `tick` has committed them."""
-        for record in records:
-            self._open[record.id] = record
-            self._open_bytes += len(record.payload)
-            self._alarm_waits |= self._drain.append(record).alarm
-        self._highest_id = max(self._highest_id, *(record.id for record in records), 0)
+        if not records:
+            return
+        by_id = {record.id: record for record in records}
+        self._open |= by_id
+        self._open_bytes += sum(len(record.payload) for record in records)
+        self._alarm_waits |= self._drain.append(records)
+        self._highest_id = max(self._highest_id, *by_id)
         self._account.into += len(records)
         self._account.held += len(records)
         if self._open_bytes > self._settings.ram_bytes_max:
@@ -222,9 +213,11 @@ class Spool:
 
     @property
     def wants_commit(self) -> bool:
-        """Whether `tick` should be called at once: an alarm waits, or the open tick has grown large."""
-        if self._ram_reason:
+        """Whether `tick` should be called at once: an alarm waits, or there is much to write or delete."""
+        if self._outage.reason:
             return False  # the flash is tried again at its own pace
+        if self._drain.gone and self._runs_read >= READ_RUNS_PER_COMMIT:
+            return True
         return self._alarm_waits or self._open_bytes >= self._settings.commit_bytes
 
     # --- what goes out --------------------------------------------------------------------------------
@@ -257,7 +250,7 @@ class Spool:
     def _read(
         self, lane: Lane, after: int, records_max: int, bytes_max: int
     ) -> tuple[list[Record], int | None]:
-        """Read stored records for the drain. A run that does not unseal sends the file to the salvage."""
+        """Read stored records for the drain. A run that does not unseal is left to the next tick."""
         if self._flash is None:
             return [], None
         first, ahead = self._unsealed
@@ -265,7 +258,14 @@ class Spool:
             return [record for record in ahead if record.id > after], ahead[-1].id
         try:
             runs = self._flash.read(lane, after, min(records_max, READ_RECORDS_MAX), bytes_max)
-            records = [record for run in runs for record in self._records_of(run)]
+            records: list[Record] = []
+            for run in runs:
+                self._runs_read += 1
+                held = self._records_of(run)
+                if held is None:
+                    self._suspects[run.id] = lane
+                else:
+                    records += held
         except sqlite3.Error as error:
             self._flash_failed(error)
             return [], None
@@ -273,21 +273,39 @@ class Spool:
             records = [record for record in records if record.id > after]
         return records, runs[-1].last_id if runs else None
 
-    def _records_of(self, run: Run) -> list[Record]:
-        """Return what is still held of a run. Raises Damaged when it is not what was sealed."""
-        if run.sealed is None:
+    def _records_of(self, run: Run) -> list[Record] | None:
+        """Return what is still held of a run; None when it is not what was sealed."""
+        gone = unpacked(run.gone, run.id)
+        if run.sealed is None or len(gone) == run.n:
             return []
         assert self._keys is not None
         payloads = self._keys.unseal(run)
         if payloads is None:
-            raise Damaged(f"run {run.id} does not unseal")
+            return None
         kind = KIND_NAMES[run.kind]
         records = [Record(run.id + at, kind, run.level, payload) for at, payload in enumerate(payloads)]
-        if run.gone is not None:
-            gone = unpacked(run.gone, run.id)
+        if gone:
             records = [record for record in records if record.id not in gone]
         self._unsealed = run.id, records
         return records
+
+    def _give_up_spoiled(self, flash: Flash) -> None:
+        """Tell of the records in runs that are not what was sealed: nobody will be sent them.
+
+        The row stays where it is, all of it noted as gone, for a person with the key and patience: one
+        flipped bit of AES-GCM costs the proof of the whole run, but only one bit of its text. It goes when
+        the cap needs its room. While RAM still holds some of the records, those are sent from there first.
+        """
+        for one, lane in list(self._suspects.items()):
+            run = next((run for run in flash.read(lane, one - 1, 1, 1) if run.id == one), None)
+            if run is not None and self._drain.is_in_ram(lane, run.id, run.last_id):
+                continue
+            del self._suspects[one]
+            if run is not None and self._records_of(run) is None:
+                stored = StoredRun(run.id, run.n, run.kind, run.at_s, len(run.sealed or b""), run.gone)
+                self._spoiled.add(run.id)
+                self._doom(flash, lane, [stored], self._dropped["damage"])
+                log.error("spool_run_spoiled", id=run.id, records=run.n)
 
     # --- the tick -------------------------------------------------------------------------------------
 
@@ -298,14 +316,16 @@ class Spool:
         stay in RAM, an alarm says so, and later ticks try again.
         """
         self._now = now
-        if self._ram_reason and now.mono_ns < self._retry_ns:
+        if self._outage.waits(now):
             self._report_ram(now)
             return
         try:
             if self._flash is None:
                 self._attach(now)
             self._expire(now)
-            if self._ram_reason:
+            if self._suspects and self._flash is not None:
+                self._give_up_spoiled(self._flash)
+            if self._outage.reason:
                 self._report_ram(now, force=True)
             self._fetch_salvaged()
             with self._meter.measure(now):
@@ -314,13 +334,14 @@ class Spool:
         except (sqlite3.Error, OSError) as error:
             self._flash_failed(error)
             return
-        if self._ram_reason:
-            self._back_on_flash(now)
+        if self._outage.reason:
+            log.info("spool_flash_back")
+            self.append([self._mint(self._outage.end(now))])
 
     def _commit_all(self, now: Now) -> None:
         """Commit in portions: one portion but after an outage, when the RAM ring comes back to flash."""
         if self._ballast is not None and self._flash is not None:
-            growth = self._open_bytes + self._returned_bytes
+            growth = self._open_bytes + self._rescue.returned_bytes
             self._ballast.fit(self._flash.file_bytes() + growth, grow=False)
         while self._has_work():
             try:
@@ -332,8 +353,7 @@ class Spool:
                 self._flash.rollback()
 
     def _has_work(self) -> bool:
-        salvage = self._salvaging_moved or self._salvage_ended
-        return bool(self._open or self._tried or self._drain.gone or salvage or self._told_of())
+        return bool(self._open or self._tried or self._drain.gone or self._rescue.is_due or self._told_of())
 
     def _commit(self, now: Now) -> None:
         """One transaction: inserts, acknowledged ranges, evictions and the records that tell of them."""
@@ -343,10 +363,10 @@ class Spool:
         if not self._tried:
             self._tried = self._sealed(self._portion(), now)
         self._insert(flash, self._tried)
-        self._insert_salvaged(flash)
-        if self._aside:
+        self._bring_home(flash)
+        if self._rescue.files:
             flash.note_away(self._drain.gone)
-        flash.delete(self._drain.gone)
+        flash.delete(self._drain.gone, self._spoiled)
         self._make_room(flash)
         told = [self._mint_drop(one, now) for one in self._told_of()]
         self._dropped = {cause: Dropped(cause) for cause in CAUSES}
@@ -359,15 +379,18 @@ class Spool:
     def _settle(self) -> None:
         """The transaction is on flash."""
         for _, run in self._tried:
-            for one in range(run.id, run.last_id + 1):
-                record = self._open.pop(one, None)
-                self._open_bytes -= len(record.payload) if record else 0
+            settled = map(self._open.pop, range(run.id, run.last_id + 1), itertools.repeat(None))
+            self._open_bytes -= sum(len(record.payload) for record in settled if record)
         self._tried = []
         self._unsealed = 0, []
         self._alarm_waits = any(record.is_alarm for record in self._open.values())
         self._drain.committed()
-        self._settle_salvaged()
-        self._drain.trim(self._settings.live_records_max, self._settings.live_bytes_max, self._open.get)
+        self._spoiled.clear()
+        self._runs_read = 0
+        for lane, run in self._rescue.returned:
+            self._drain.rewind(lane, run.id)
+        self._rescue.settle()
+        self._drain.trim(self._settings.live_records_max, self._settings.live_bytes_max, self._open)
 
     def _told_of(self) -> list[Dropped]:
         return [one for one in self._dropped.values() if one.told]
@@ -441,13 +464,14 @@ class Spool:
             gone = unpacked(run.gone, run.id)
             for first, last in self._drain.gone.within(run.id, run.last_id):
                 gone.add(first, last)
+            size_bytes = self._held_bytes(flash, lane, run, gone)  # first: it may raise
             count = run.n - len(gone)
             dropped_before = dropped.count
             for first, last in gone.without(run.id, run.last_id):
                 dropped.add(first, last, last - first + 1)
                 self._leave(lane, first, last)
             assert dropped.count == dropped_before + count
-            dropped.bytes += self._held_bytes(flash, lane, run, gone)
+            dropped.bytes += size_bytes
             doomed.add(run.id, run.last_id)
             self._drain.gone.add(run.id, run.last_id)
             self._drain.drop(run.id, run.last_id)
@@ -455,11 +479,14 @@ class Spool:
         return doomed
 
     def _held_bytes(self, flash: Flash, lane: Lane, run: StoredRun, gone: IdRanges) -> int:
-        """Return the payload bytes still held of a run; what is partly gone must be unsealed for that."""
+        """Return the payload bytes still held of a run; what is partly gone must be unsealed for that.
+
+        0 where that is not possible any more.
+        """
         if not gone:
             return run.sealed_bytes - sealed_overhead_bytes(run.n)
         (whole,) = flash.read(lane, run.id - 1, 1, 1)
-        return sum(len(record.payload) for record in self._records_of(whole) if record.id not in gone)
+        return sum(len(record.payload) for record in self._records_of(whole) or () if record.id not in gone)
 
     def _expire(self, now: Now) -> None:
         """Look at a few stored runs and give up those past their kind's age, if the clock is settled."""
@@ -477,22 +504,9 @@ class Spool:
 
     def _fetch_salvaged(self) -> None:
         """Read a portion of a file put aside; the next commit brings it home."""
-        if not self._aside or self._uncounted_after or self._flash is None:
+        if not self._rescue.files or self._uncounted_after or self._flash is None:
             return
-        if self._salvage is None:
-            after = self._flash.salvaged(self._aside[0])
-            self._salvaged_upto = after or dict.fromkeys(LANES, 0)
-            path = f"{self._directory}/{self._aside[0]}"
-            upto = self._salvaged_upto.__getitem__
-            self._salvage = salvage(path, self._connect, upto, self._is_whole) if after else iter(())
-            self._awaited, self._awaiting = self._awaiting, 0
-        for _ in range(SALVAGE_RUNS_PER_TICK):
-            if self._returned_bytes >= COMMIT_BYTES_MAX:
-                return
-            found = next(self._salvage, None)
-            if found is None:
-                self._salvage_ended = True
-                return
+        for found in self._rescue.fetch(self._flash, self._is_whole, COMMIT_BYTES_MAX):
             self._take_found(self._flash, found)
 
     def _is_whole(self, run: Run) -> bool:
@@ -500,60 +514,43 @@ class Spool:
         return self._keys.unseal(run) is not None
 
     def _take_found(self, flash: Flash, found: Found) -> None:
-        self._salvaging_moved = True
         run = found.run
         if run is None:
             newest = max(self._highest_id, first_id(self._start))
             if found.first <= newest:
                 self._dropped["damage"].add(found.first, min(found.last, newest), 0)
             return
-        self._salvaged_upto[found.lane] = found.last
         if flash.holds(found.lane, run.id) or any(run.id == tried.id for _, tried in self._tried):
             return  # its commit was in doubt, and has been repeated here
-        gone = unpacked(run.gone, run.id)
-        for first, last in self._left_since.within(run.id, run.last_id):
-            gone.add(first, last)
+        gone = self._rescue.gone(run, unpacked(run.gone, run.id))
         held = run.n - len(gone)
         if not held:
             return
-        self._returned.append((found.lane, run))
-        self._returned_bytes += len(run.sealed or b"")
-        for first, last in gone:
-            self._drain.gone.add(first, last)
-        known = min(held, self._awaited)  # held all along: the damage came after they were counted
-        self._awaited -= known
+        known = self._rescue.recognise(held)
         self._account.into += held - known
-        self._account.held += held - known
+        if found.whole:
+            self._account.held += held - known
+            self._rescue.bring(found.lane, run)
+            for first, last in gone:
+                self._drain.gone.add(first, last)
+        else:
+            self._account.held -= known
+            self._account.drop("damage", held)
+            self._dropped["damage"].add(run.id, run.last_id, held)
 
-    def _insert_salvaged(self, flash: Flash) -> None:
-        if not self._salvaging_moved and not self._salvage_ended:
+    def _bring_home(self, flash: Flash) -> None:
+        if not self._rescue.is_due:
             return
-        self._insert(flash, self._returned)
-        if self._salvage_ended and self._awaited:
+        self._insert(flash, self._rescue.returned)
+        lost = self._rescue.write(flash)
+        if lost:
             oldest, newest = 1, max(self._highest_id, first_id(self._start))
             damaged = self._dropped["damage"]
             if damaged.told:
                 oldest, newest = damaged.first_id, damaged.last_id
-            damaged.add(oldest, newest, self._awaited)
-            self._account.held -= self._awaited
-            self._account.drop("damage", self._awaited)
-            self._awaited = 0
-        flash.note_salvaged(self._aside[0], self._salvaged_upto, done=self._salvage_ended)
-        if self._salvage_ended and len(self._aside) == 1:
-            flash.forget_away()
-
-    def _settle_salvaged(self) -> None:
-        """What was salvaged is committed: offer it, and delete the damaged file once all of it is."""
-        for lane, run in self._returned:
-            self._drain.rewind(lane, run.id)
-        self._returned, self._returned_bytes, self._salvaging_moved = [], 0, False
-        if self._salvage_ended:
-            name = self._aside.pop(0)
-            log.info("spool_salvaged", file=name)
-            self._salvage, self._salvage_ended, self._awaited = None, False, 0
-            if not self._aside:
-                self._left_since = IdRanges()
-            remove_aside(self._storage, self._directory, name)
+            damaged.add(oldest, newest, lost)
+            self._account.held -= lost
+            self._account.drop("damage", lost)
 
     # --- the account ----------------------------------------------------------------------------------
 
@@ -565,12 +562,8 @@ class Spool:
             early = max(0, min(last, first_id(self._start) - 1) - max(first, uncounted + 1) + 1)
         self._account.into += early
         self._account.held -= last - first + 1 - early
-        if self._aside:
-            self._left_since.add(first, last)
-            stored = sum(one not in self._open for one in range(first, last + 1))
-            awaiting = min(stored, self._awaiting)
-            self._awaiting -= awaiting
-            self._awaited -= min(stored - awaiting, self._awaited)
+        if self._rescue.files:
+            self._rescue.leave(first, last, sum(one not in self._open for one in range(first, last + 1)))
 
     def _count(self, rows_max: int) -> None:
         """Count a part of what earlier starts left, so that opening never waits for a full scan."""
@@ -610,20 +603,19 @@ class Spool:
                 log.warning("spool_ballast_short", why=self._ballast.shortfall)
 
     def _attach_file(self) -> None:
-        self._aside = finish_setting_aside(self._storage, self._directory)
+        self._rescue.look()
         flash = self._open_file()
         try:
             rotate(self._storage, self._key_file, flash, self._directory, self._random)
-            known = flash.starts()
-            copied = copied_only(known, copied_keys(self._storage, self._directory)) if self._aside else []
-            has_data = flash.newest_id is not None or bool(self._aside)
+            known, aside = flash.starts(), bool(self._rescue.files)
+            copied = copied_only(known, copied_keys(self._storage, self._directory)) if aside else []
+            has_data = flash.newest_id is not None or aside
             self._keys = open_keyring(
                 self._storage, self._key_file, known or copied, self._random, has_data=has_data
             )
             self._keys.learn(copied_keys(self._storage, self._directory))
             self._note_start(flash, self._keys, known, copied)
-            for first, last in flash.away():
-                self._left_since.add(first, last)
+            self._rescue.recall(flash.away())
             self._count_from(flash)
         except BaseException:
             flash.close()
@@ -640,15 +632,12 @@ class Spool:
 
     def _put_aside(self, error: sqlite3.Error) -> None:
         """The file is damaged: keep it under another name and go on with a new one."""
-        name = set_aside(self._storage, self._directory, self._start)
+        held = self._account.held - len(self._open)
+        name = self._rescue.put_aside(self._start, held, self._drain.gone)
         log.error("spool_damaged", reason=str(error), put_aside=name)
         self._unsealed = 0, []
-        self._awaiting = self._account.held - len(self._open)
-        self._awaited_all = not self._uncounted_after  # else only a part of them was counted
+        self._suspects.clear()
         self._uncounted_after = {}
-        self._salvage, self._salvage_ended, self._salvaging_moved = None, False, False
-        for first, last in self._drain.gone:
-            self._left_since.add(first, last)
 
     def _open_file(self) -> Flash:
         path = f"{self._directory}/{FILE_NAME}"
@@ -687,7 +676,7 @@ class Spool:
         self.previous = previous_start(ended or copied)
         needed = needed_starts(self.previous)
         oldest = flash.oldest_start() or self._start
-        kept = [row for row in ended if self._aside or row.start in needed or row.start >= oldest]
+        kept = [row for row in ended if self._rescue.files or row.start in needed or row.start >= oldest]
         own = keys.new_start(self._start)
         copy_keys(self._storage, self._directory, [*copied, *kept, own])
         self._own = own  # from here on: should the commit fail, it may have succeeded all the same
@@ -728,27 +717,10 @@ class Spool:
         self._fall_to_ram(self._now, error)
 
     def _fall_to_ram(self, now: Now, error: Exception) -> None:
-        self._retry_ns = now.mono_ns + int(self._retry_s * NS_PER_S)
-        self._retry_s = min(self._retry_s * 2, RETRY_S_MAX)
-        if self._ram_reason:
-            return
-        self._ram_reason = " ".join(str(error).split())
-        self._ram_since_ns = now.mono_ns
-        log.error("spool_flash_failed", reason=self._ram_reason)
-        self._tell_flash(now, "raise", f"spool: flash failed ({self._ram_reason}); records are kept in RAM")
-
-    def _back_on_flash(self, now: Now) -> None:
-        log.info("spool_flash_back", after_s=(now.mono_ns - self._ram_since_ns) // NS_PER_S)
-        self._ram_reason = ""
-        self._retry_s = RETRY_S_FIRST
-        self._tell_flash(now, "clear", "spool: flash is back; records are safe again")
-
-    def _tell_flash(self, now: Now, event: str, text: str) -> None:
-        body: dict[str, Any] = {
-            "alarm": "spool.flash", "event": event, "key": "", "text": text, "value": None, "limit": None,
-            "unit": "", "since_ns": self._ram_since_ns, "context": {},
-        }  # fmt: skip
-        self.append([self._mint(Draft("alarm", Level.ALARM, now.mono_ns, body))])
+        alarm = self._outage.fail(now, error)
+        if alarm is not None:
+            log.error("spool_flash_failed", reason=self._outage.reason)
+            self.append([self._mint(alarm)])
 
     def _shrink_ram(self) -> None:
         """The RAM ring is full: the oldest routine records go first, alarms last, and all are counted."""
@@ -763,15 +735,13 @@ class Spool:
                 self._drain.drop(record.id, record.id)
                 if self._tried:
                     self._drain.gone.add(record.id)
-                self._ram_dropped.add(record.id, record.id, 1, len(record.payload))
+                self._outage.dropped.add(record.id, record.id, 1, len(record.payload))
                 self._account.held -= 1
                 self._account.drop("ram")
 
     def _report_ram(self, now: Now, *, force: bool = False) -> None:
-        due = now.mono_ns - self._ram_reported_ns >= RAM_REPORT_S * NS_PER_S
-        if self._ram_dropped.count and (due or force):
-            dropped, self._ram_dropped = self._ram_dropped, Dropped("ram")
-            self._ram_reported_ns = now.mono_ns
+        dropped = self._outage.report(now, force=force)
+        if dropped is not None:
             self._mint_drop(dropped, now)
 
     # --- state and end --------------------------------------------------------------------------------
@@ -791,8 +761,8 @@ class Spool:
         """Return plain values for `tbox status` and health records."""
         flash = self._flash
         return {
-            "state": "ram" if self._ram_reason else "flash",
-            "reason": self._ram_reason,
+            "state": "ram" if self._outage.reason else "flash",
+            "reason": self._outage.reason,
             "start": self._start,
             "records": self._account.held,
             "counted": not self._uncounted_after,
@@ -803,7 +773,7 @@ class Spool:
             "used_bytes": flash.used_bytes() if flash else None,
             "quota_bytes": self._settings.quota_bytes,
             "dropped": dict(self._account.dropped),
-            "salvaging": list(self._aside),
+            "salvaging": list(self._rescue.files),
             "ballast_bytes": self._ballast.size_bytes if self._ballast else 0,
             "flash_bytes_written": self._meter.total_bytes,
             "flash_bytes_today": self._meter.today_bytes,
@@ -813,14 +783,14 @@ class Spool:
         """Let `work` read the file for a person. Raises SpoolError while the spool runs from RAM."""
         if self._flash is None or self._keys is None:
             raise SpoolError(
-                f"runs from RAM: {self._ram_reason}", where=self._directory, mend="mend the medium"
+                f"runs from RAM: {self._outage.reason}", where=self._directory, mend="mend the medium"
             )
         return work(self._flash, self._keys)
 
     def close(self, now: Now, *, clean: bool, ledger_totals: dict[str, Any]) -> None:
         """Commit what is open and close. clean: the start row then says so, with the ledger's totals."""
         self._now = now
-        self._retry_ns = 0
+        self._outage.hurry()
         self.tick(now)
         try:
             if clean and self._flash is not None and self._own is not None and not self._open:
@@ -836,6 +806,7 @@ class Spool:
                 with contextlib.suppress(sqlite3.Error):
                     self._flash.close()
                 self._flash = None
+            self._meter.close()
             self._lock.release()
 
 

@@ -104,8 +104,8 @@ def test_alarms_go_before_live_and_live_before_backlog() -> None:
     old, old_alarm = _record(1, start=1), _record(2, start=1, alarm=True)
     live, alarm = _record(1), _record(2, alarm=True)
     drain = _drain()
-    drain.append(live)
-    drain.append(alarm)
+    drain.append([live])
+    drain.append([alarm])
     assert drain.offer(0, 10, _stored(old, old_alarm), 1 << 20) == [alarm, old_alarm, live]
     assert drain.offer(0, 10, _stored(old, old_alarm), 1 << 20) == [old]  # live never waits for its read
 
@@ -115,7 +115,7 @@ def test_backlog_waits_for_the_token_bucket_and_live_never_does() -> None:
     drain = _drain(rate=2)
     assert drain.offer(0, 50, _stored(*backlog), 1 << 20) == backlog[:2]
     live = _record(1)
-    drain.append(live)
+    drain.append([live])
     assert drain.offer(0, 50, _stored(*backlog), 1 << 20) == [live]
     assert drain.offer(NS_PER_S, 50, _stored(*backlog), 1 << 20) == backlog[2:4]
 
@@ -125,10 +125,10 @@ def test_a_capture_waits_with_the_backlog_while_live_records_go_past_it() -> Non
     drain = Drain(TokenBucket(1000, 1000), TokenBucket(3, 3))  # three bytes, a second each
     parts = [Record(record_id(2, n), "capture", Level.INFO, b"x") for n in range(1, 6)]
     for record in [*parts, live := _record(6)]:
-        drain.append(record)
+        drain.append([record])
     assert drain.offer(0, 10, _stored(), 1 << 20) == [live]
     assert drain.offer(0, 10, _stored(), 1 << 20) == parts[:3]
-    drain.append(later := _record(7))
+    drain.append([later := _record(7)])
     assert drain.offer(0, 10, _stored(), 1 << 20) == [later]
     assert drain.offer(0, 10, _stored(), 1 << 20) == [], "the bucket is empty"
     drain.requeue({part.id: part for part in parts}.get)
@@ -150,7 +150,7 @@ def test_after_the_link_died_everything_in_flight_comes_again_in_order_of_id() -
 def test_a_late_puback_after_a_requeue_still_counts_once() -> None:
     record = _record(1)
     drain = _drain()
-    drain.append(record)
+    drain.append([record])
     drain.offer(0, 1, _stored(), 1 << 20)
     drain.requeue({record.id: record}.get)
     assert drain.ack([record.id])[ROUTINE] == [record.id]
@@ -161,9 +161,8 @@ def test_a_late_puback_after_a_requeue_still_counts_once() -> None:
 def test_live_records_that_leave_ram_become_backlog() -> None:
     live = [_record(n) for n in range(1, 6)]
     drain = _drain()
-    for record in live:
-        drain.append(record)
-    drain.trim(2, 1 << 20, lambda _one: None)
+    drain.append(live)
+    drain.trim(2, 1 << 20, ())
     assert drain.fresh_count() == 2
     assert drain.offer(0, 9, _stored(*live), 1 << 20) == live[3:]
     assert drain.offer(0, 9, _stored(*live), 1 << 20) == live[:3]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import random
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import apsw
 import msgspec
@@ -16,8 +19,11 @@ import pytest
 
 from tbox.ledger import Ledger
 from tbox.model import NS_PER_S, Draft, Level, Now, Record, TimeQuality
-from tbox.spool.flash import PAGE_BYTES
+from tbox.spool.flash import PAGE_BYTES, Flash
+from tbox.spool.keyring import Keyring
 from tbox.spool.lock import SpoolLocked
+from tbox.spool.look import stat
+from tbox.spool.policy import Lane
 from tbox.spool.store import Spool
 from tests.crash.filler import records_of_tick
 from tests.crash.recorder import Recorder
@@ -123,6 +129,77 @@ def test_a_medium_that_refuses_at_any_operation_loses_nothing(
         _life_with_fault(directory, Medium(kind, at, error))
 
 
+def _salvage_with_fault(directory: Path, files: dict[str, bytes], medium: Medium) -> dict[int, Record]:
+    """Salvage a damaged spool through a fault of the new file and its mending; return what came back."""
+    _put(files, directory)
+    recorder, ledger, minter = Recorder(str(directory)), Ledger(), Minter(2, random.Random(2))
+    spool = Spool.open(
+        str(directory), settings(quota_bytes=1 << 24), start=2, mint=minter, now=Now(0), ledger=ledger,
+        connect=recorder.connect, storage=recorder.storage,
+    )  # fmt: skip
+    assert spool.stat()["salvaging"]
+    recorder.fault = lambda what, path: medium(what, path) if path.endswith(("spool.db", "-wal")) else None
+    for second in range(1, 12):
+        spool.tick(Now(second * NS_PER_S))
+        ledger.check()
+    medium.mended = True
+    got: dict[int, Record] = {}
+    for second in range(100, 160):
+        spool.tick(Now(second * NS_PER_S))
+        got |= _drain(spool, Now(second * NS_PER_S))
+        ledger.check()
+    assert spool.stat()["state"] == "flash" and not spool.stat()["salvaging"]
+    assert spool.depth == len(got)
+    spool.close(Now(200 * NS_PER_S), clean=False, ledger_totals={})
+    return {one: record for one, record in got.items() if record.start == 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "error"), [("write", _full), ("write", _failing), ("sync", _failing)])
+def test_a_medium_that_refuses_during_a_salvage_loses_nothing_more(
+    tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]],
+    monkeypatch: pytest.MonkeyPatch, kind: str, error: Callable[[bool], Exception],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("tbox.spool.rescue.RUNS_PER_TICK", 20)
+    files, _made = stopped
+    content = bytearray(files["spool.db"])
+    leaf = [at for at in range(PAGE_BYTES, len(content), PAGE_BYTES) if content[at] == 13][-1]
+    content[leaf : leaf + PAGE_BYTES] = bytes(PAGE_BYTES)
+    files = {**files, "spool.db": bytes(content)}
+    dry = Medium(kind, 1 << 30, error)
+    good = _salvage_with_fault(tmp_path / "dry", files, dry)
+    total = (1 << 30) - dry.left
+    assert len(good) > 100 and total > 5
+    for at in range(0, total, max(1, total // 25)):
+        assert _salvage_with_fault(tmp_path / str(at), files, Medium(kind, at, error)) == good
+
+
+def test_what_cannot_be_looked_up_during_a_salvage_is_asked_for_again(
+    tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, _made = stopped
+    content = bytearray(files["spool.db"])
+    leaf = [at for at in range(PAGE_BYTES, len(content), PAGE_BYTES) if content[at] == 13][-1]
+    content[leaf : leaf + PAGE_BYTES] = bytes(PAGE_BYTES)
+    files = {**files, "spool.db": bytes(content)}
+    good = _salvage_with_fault(tmp_path / "dry", files, Medium("read", 1 << 30, _failing))
+    holds, asked = Flash.holds, itertools.count(1)
+
+    def failing(self: Flash, lane: Lane, one: int) -> bool:
+        if next(asked) in (7, 40):
+            raise _failing_read()
+        return holds(self, lane, one)
+
+    monkeypatch.setattr(Flash, "holds", failing)
+    assert _salvage_with_fault(tmp_path / "hard", files, Medium("read", 1 << 30, _failing)) == good
+
+
+def _failing_read() -> sqlite3.Error:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+    return error
+
+
 def test_a_full_disk_ends_in_ram_with_an_alarm_and_comes_back(tmp_path: Path) -> None:
     recorder = Recorder(str(tmp_path))
     minter, ledger = Minter(1, random.Random(1)), Ledger()
@@ -165,12 +242,12 @@ def _filled(directory: Path, ticks: int, end: str) -> dict[int, Record]:
     return {record.id: record for _ in range(ticks) for record in records_of_tick(minter)}
 
 
-def _reopened(directory: Path) -> tuple[dict[int, Record], list[dict[str, Any]], Spool]:
+def _reopened(directory: Path, start: int = 2) -> tuple[dict[int, Record], list[dict[str, Any]], Spool]:
     """Open after damage and let the salvage run; return what comes out and what it says was dropped."""
     ledger = Ledger()
     spool = Spool.open(
-        str(directory), settings(quota_bytes=1 << 24), start=2, mint=Minter(2, random.Random(6)), now=Now(0),
-        ledger=ledger,
+        str(directory), settings(quota_bytes=1 << 24), start=start, mint=Minter(start, random.Random(6)),
+        now=Now(0), ledger=ledger,
     )  # fmt: skip
     got: dict[int, Record] = {}
     for second in range(1, 40):
@@ -229,6 +306,173 @@ def test_flipped_bits_never_yield_a_wrong_record(
     got, _drops, spool = _reopened(tmp_path)
     assert all(made[one] == record for one, record in got.items())
     spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
+
+
+def _flip(files: dict[str, bytes], sealed: bytes) -> dict[str, bytes]:
+    """Flip one bit of a stopped spool's file in the middle of this sealed body."""
+    content = bytearray(files["spool.db"])
+    # The first overflow page holds the body from where the leaf's part of it ends: look for any part.
+    at = next(
+        content.find(sealed[n : n + 64])
+        for n in range(len(sealed) // 2, len(sealed), 64)
+        if sealed[n : n + 64] in content
+    )
+    content[at] ^= 4
+    return {**files, "spool.db": bytes(content)}
+
+
+def _sealed(directory: Path, number: int) -> tuple[int, int, bytes]:
+    """Return the first id, the length and the sealed body of a routine run of a stopped spool."""
+    with closing(sqlite3.connect(directory / "spool.db")) as db:
+        row = db.execute("SELECT id, n, sealed FROM routine ORDER BY id LIMIT 1 OFFSET ?", (number,))
+        return cast("tuple[int, int, bytes]", row.fetchone())
+
+
+@pytest.mark.slow
+def test_a_bit_flipped_in_the_text_of_the_schema_loses_no_record(
+    tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]]
+) -> None:
+    files, made = stopped
+    _put(files, tmp_path)
+    with closing(sqlite3.connect(tmp_path / "spool.db")) as db:
+        texts = [row[0].encode() for row in db.execute("SELECT sql FROM sqlite_master WHERE sql NOT NULL")]
+    rng = random.Random(4)
+    for number in range(120):
+        content = bytearray(files["spool.db"])
+        text = rng.choice(texts)
+        at = content.index(text) + rng.randrange(len(text))
+        content[at] ^= 1 << rng.randrange(8)
+        directory = tmp_path / str(number)
+        _put({**files, "spool.db": bytes(content)}, directory)
+        got, _drops, spool = _reopened(directory)
+        assert got == made, (number, at)
+        assert spool.stat()["state"] == "flash" and not spool.stat()["dropped"]
+        spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
+
+
+@pytest.mark.parametrize("partly_acked", [False, True])
+def test_a_flipped_bit_in_a_body_costs_its_run_and_no_other(
+    tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]], partly_acked: bool
+) -> None:
+    files, made = stopped
+    _put(files, tmp_path)
+    if partly_acked:
+        spool = Spool.open(
+            str(tmp_path), settings(quota_bytes=1 << 24, live_records_max=1), start=2,
+            mint=Minter(2, random.Random(5)), now=Now(0), ledger=Ledger(),
+        )  # fmt: skip
+        routine = [record for record in _drain(spool, Now(0)).values() if not record.is_alarm]
+        acked = {record.id for record in routine[2:5]}
+        spool.ack(acked)
+        spool.close(Now(1), clean=True, ledger_totals={})
+        made = {one: record for one, record in made.items() if one not in acked}
+    first, n, sealed = _sealed(tmp_path, 0)
+    held = [made[one] for one in range(first, first + n) if one in made]
+    _put(_flip({path.name: path.read_bytes() for path in tmp_path.iterdir()}, sealed), tmp_path)
+    start = 3 if partly_acked else 2
+    got, drops, spool = _reopened(tmp_path, start)
+    assert got == {one: record for one, record in made.items() if record not in held}
+    (drop,) = drops
+    assert (drop["count"], drop["first_id"], drop["last_id"]) == (len(held), held[0].id, held[-1].id)
+    assert drop["bytes"] == (0 if partly_acked else sum(len(record.payload) for record in held))
+    assert spool.stat()["dropped"] == {"damage": len(held)}
+    spool.ack(got)
+    spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
+    assert not [path.name for path in tmp_path.iterdir() if "damaged" in path.name]
+    assert _sealed(tmp_path, 0)[:2] == (first, n)  # its bytes stay, for a person
+    with closing(Flash(str(tmp_path / "spool.db"), sqlite3.connect, 1 << 24)) as flash:
+        said = stat(flash)
+    assert said["routine"]["spoiled_runs"] == 1 and said["records"] == 1  # the drop record
+    again, _drops, spool = _reopened(tmp_path, start + 1)
+    assert not again and not spool.stat()["dropped"]  # told once
+    spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
+
+
+def test_a_spoiled_run_that_is_partly_in_flight_is_told_once_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minter, ledger = Minter(1, random.Random(1)), Ledger()
+    spool = Spool.open(
+        str(tmp_path), settings(quota_bytes=1 << 24, live_records_max=1), start=1, mint=minter, now=Now(0),
+        ledger=ledger,
+    )  # fmt: skip
+    spool.append(_telemetry(minter, 10))
+    spool.tick(Now(1))
+    monkeypatch.setattr(Keyring, "unseal", lambda _self, _run: None)
+    (sent,) = _drain(spool, Now(2))  # the newest, from RAM
+    spool.tick(Now(3))
+    assert sent == minter.minted[-1].id and not spool.stat()["dropped"]
+    spool.ack([sent])
+    spool.tick(Now(4))
+    ledger.check()
+    assert spool.stat()["dropped"] == {"damage": 9} and spool.depth == 1  # the drop record
+    assert ledger.snapshot()["spool"]["out"] == 1
+    spool.close(Now(6), clean=True, ledger_totals={})
+
+
+def test_what_is_spoiled_leaves_when_the_cap_needs_its_room(
+    tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]]
+) -> None:
+    files, _made = stopped
+    _put(files, tmp_path)
+    first, n, sealed = _sealed(tmp_path, 0)
+    _put(_flip(files, sealed), tmp_path)
+    minter, ledger = Minter(2, random.Random(2)), Ledger()
+    spool = Spool.open(
+        str(tmp_path), settings(quota_bytes=1 << 18), start=2, mint=minter, now=Now(0), ledger=ledger
+    )
+    spool.ack(_drain(spool, Now(0)))
+    for second in range(1, 60):
+        spool.append(_telemetry(minter, 9, fill=1000))
+        spool.tick(Now(second * NS_PER_S))
+        ledger.check()
+    drops = _events({record.id: record for record in minter.minted}, "cause")
+    assert [drop["count"] for drop in drops if drop["cause"] == "damage"] == [n]
+    spool.close(Now(61 * NS_PER_S), clean=True, ledger_totals={})
+    assert _sealed(tmp_path, 0)[0] > first
+
+
+def test_a_salvage_counts_what_the_readable_but_changed_runs_held(
+    tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]]
+) -> None:
+    files, made = stopped
+    _put(files, tmp_path)
+    first, n, sealed = _sealed(tmp_path, 3)
+    content = bytearray(_flip(files, sealed)["spool.db"])
+    leaves = [at for at in range(PAGE_BYTES, len(content), PAGE_BYTES) if content[at] == 13]
+    content[leaves[-1] : leaves[-1] + PAGE_BYTES] = bytes(PAGE_BYTES)  # that one SQLite notices
+    _put({**files, "spool.db": bytes(content)}, tmp_path)
+    got, drops, spool = _reopened(tmp_path)
+    assert not set(got) & set(range(first, first + n)) and len(got) > len(made) // 2
+    assert sum(drop["count"] for drop in drops) >= n
+    assert spool.stat()["dropped"]["damage"] == sum(drop["count"] for drop in drops)
+    spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
+
+
+def test_a_bit_flipped_in_what_is_noted_as_gone_repeats_records_but_loses_none(
+    tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]]
+) -> None:
+    files, made = stopped
+    for bit in range(8 * 8):
+        directory = tmp_path / str(bit)
+        _put(files, directory)
+        spool = Spool.open(
+            str(directory), settings(quota_bytes=1 << 24), start=2, mint=Minter(2, random.Random(5)),
+            now=Now(0), ledger=Ledger(),
+        )  # fmt: skip
+        routine = [record for record in _drain(spool, Now(0)).values() if not record.is_alarm]
+        acked = {record.id for record in routine[2:5]}
+        spool.ack(acked)
+        spool.close(Now(1), clean=True, ledger_totals={})
+        with closing(sqlite3.connect(directory / "spool.db")) as db:
+            (gone,) = db.execute("SELECT gone FROM partly").fetchone()
+            changed = bytearray(gone)
+            changed[bit // 8] ^= 1 << bit % 8
+            db.execute("UPDATE partly SET gone = ?", (bytes(changed),))
+            db.commit()
+        got, _drops, spool = _reopened(directory, 3)
+        assert set(made) - acked <= set(got) <= set(made)
+        spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 1024, 5000, 50_000])

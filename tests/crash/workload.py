@@ -231,7 +231,7 @@ class Life:
             write_key(self.recorder.storage, f"{key_file}.next", self.rng.randbytes(KEY_BYTES))
 
     def run(self, steps: int) -> None:
-        """Live through `steps` random calls."""
+        """Live through `steps` random calls; a third of the lives end with nothing left on flash."""
         self.boot()
         for _ in range(steps):
             self.now = Now(self.now.mono_ns + 200 * NS_PER_MS)
@@ -254,6 +254,8 @@ class Life:
                 self.close()
                 self.boot()
             self.ledger.check()
+        if self.rng.random() < 1 / 3:
+            self.drain_all()
 
     # --- the model ------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from tbox.control import ControlServer
 from tbox.errors import Refused
 from tbox.ledger import Ledger
 from tbox.model import Draft, Level, Now, Record
+from tbox.spool.flash import PAGE_BYTES
+from tbox.spool.lock import SpoolError
 from tbox.spool.seal import SpoolKeyError
 from tbox.spool.store import Spool
 from tests.crash.workload import Minter, settings
@@ -72,6 +75,18 @@ def test_verify_is_content_with_a_whole_spool_and_says_no_to_a_changed_run(
         _run("verify", str(directory))
 
 
+@pytest.mark.parametrize("table", ["alarm", "partly"])
+def test_verify_says_no_to_a_damaged_page(stopped: tuple[Path, list[Record]], table: str) -> None:
+    path = stopped[0] / "spool.db"
+    with closing(sqlite3.connect(path)) as db:
+        (root,) = db.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()
+    content = bytearray(path.read_bytes())
+    content[(root - 1) * PAGE_BYTES : root * PAGE_BYTES] = bytes(PAGE_BYTES)
+    path.write_bytes(content)
+    with pytest.raises(Refused, match=r"faults in the file|cannot read the spool"):
+        _run("verify", str(stopped[0]))
+
+
 def test_salvage_reads_around_a_damaged_page(stopped: tuple[Path, list[Record]], tmp_path: Path) -> None:
     directory, made = stopped
     path = directory / "spool.db"
@@ -81,6 +96,26 @@ def test_salvage_reads_around_a_damaged_page(stopped: tuple[Path, list[Record]],
     lines = _run("salvage", str(directory)).splitlines()
     found = {json.loads(line)["id"] for line in lines if "id" in json.loads(line)}
     assert found <= {record.id for record in made} and len(found) >= 20
+
+
+@pytest.mark.parametrize("name", ["stat", "tail", "verify", "salvage", "export"])
+def test_where_there_is_no_spool_and_with_another_key_every_command_says_so(
+    stopped: tuple[Path, list[Record]], tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    with pytest.raises(SpoolError, match="there is no spool here"):
+        _run(name, str(tmp_path_factory.mktemp("empty")))
+    (stopped[0] / "device.key").write_bytes(bytes(32))
+    with pytest.raises(SpoolKeyError, match="not the one of this spool"):
+        _run(name, str(stopped[0]))
+
+
+def test_salvage_counts_what_it_cannot_unseal(stopped: tuple[Path, list[Record]]) -> None:
+    with closing(sqlite3.connect(stopped[0] / "spool.db")) as db:
+        db.execute("UPDATE routine SET level = 2 WHERE id = (SELECT min(id) FROM routine)")
+        db.commit()
+    result = CliRunner().invoke(command, ["salvage", str(stopped[0])], catch_exceptions=False)
+    assert json.loads(result.stderr) == {"records": 21, "spoiled": 10, "gaps": 0}
+    assert len(result.stdout.splitlines()) == 21
 
 
 def test_a_missing_key_is_one_line_with_the_mend(stopped: tuple[Path, list[Record]]) -> None:

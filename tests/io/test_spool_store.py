@@ -17,17 +17,19 @@ from hypothesis import strategies as st
 from tbox.ledger import Ledger
 from tbox.model import NS_PER_S, Draft, Level, Now, Record
 from tbox.spool import schema
-from tbox.spool.ballast import Ballast
-from tbox.spool.flash import Flash, Run, leaves
+from tbox.spool.ballast import STEP_BYTES, Ballast, size_for
+from tbox.spool.flash import PAGE_BYTES, Flash, Run, leaves, pragmas
 from tbox.spool.lock import SpoolError
 from tbox.spool.meter import WriteMeter
 from tbox.spool.policy import ROUTINE, IdRanges
 from tbox.spool.schema import SpoolSchemaError
 from tbox.spool.seal import SpoolKeyError
 from tbox.spool.starts import highest_start_seen
-from tbox.spool.store import Spool
+from tbox.spool.store import Spool, SpoolSettings
 from tests.crash.recorder import Recorder
 from tests.crash.workload import Minter, settings
+
+SQLITE_PAGES_MAX = 4_294_967_294  # its documented limit, since 3.33
 
 
 class Rig:
@@ -140,9 +142,14 @@ def test_without_its_key_a_spool_refuses_to_start_and_keeps_the_data(tmp_path: P
 
 
 def test_the_device_key_rotates_without_touching_the_backlog(tmp_path: Path) -> None:
+    def sealed() -> list[tuple[Any, ...]]:
+        with closing(sqlite3.connect(tmp_path / "spool.db")) as db:
+            return db.execute("SELECT id, n, sealed FROM routine").fetchall()
+
     rig = Rig(tmp_path)
     made = rig.put(50)
     rig.close()
+    before = sealed()
     (tmp_path / "device.key.next").write_bytes(bytes(range(32)))
     (tmp_path / "device.key.next").chmod(0o600)
     again = Rig(tmp_path, 2)
@@ -150,6 +157,7 @@ def test_the_device_key_rotates_without_touching_the_backlog(tmp_path: Path) -> 
     assert (tmp_path / "device.key").read_bytes() == bytes(range(32))
     assert not (tmp_path / "device.key.next").exists()
     again.close()
+    assert sealed() == before
 
 
 def test_a_start_number_that_was_used_is_refused(tmp_path: Path) -> None:
@@ -202,6 +210,24 @@ def test_what_is_in_flight_is_not_evicted(tmp_path: Path) -> None:
         rig.spool.tick(Now(second * NS_PER_S))
     rig.spool.requeue()
     assert {record.id for record in flying} <= {record.id for record in rig.drain()}
+    rig.close()
+
+
+def test_a_drain_commits_in_portions_so_that_live_records_wait_for_few_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tbox.spool.store.READ_RUNS_PER_COMMIT", 5)
+    rig = Rig(tmp_path, quota_bytes=1 << 24, live_records_max=1)
+    for second in range(30):  # a run each
+        rig.put(3)
+        rig.spool.tick(Now(second * NS_PER_S))
+    ticks = 0
+    while batch := rig.spool.offer(Now(60 * NS_PER_S), 3):
+        rig.spool.ack([record.id for record in batch])
+        if rig.spool.wants_commit:
+            ticks += 1
+            rig.spool.tick(Now(60 * NS_PER_S))
+    assert 4 <= ticks <= 6
     rig.close()
 
 
@@ -299,6 +325,25 @@ def test_a_spool_made_on_trial_is_one_that_the_first_release_could_have_made(
     again = Rig(tmp_path, 2)
     assert again.drain() == made
     again.close()
+
+
+def test_the_tables_stand_where_a_salvage_looks_for_them(tmp_path: Path) -> None:
+    Rig(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / "spool.db")) as db:
+        assert schema.fault(db) is None
+        tables = db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    assert {name for (name,) in tables} == set(schema.LAYOUT)
+
+
+def test_the_largest_cap_fits_what_sqlite_can_count() -> None:
+    largest = 16 * 1024**3
+    assert SpoolSettings(quota_bytes=largest).quota_bytes == largest
+    (pages,) = [line for line in pragmas(largest) if line.startswith("max_page_count=")]
+    pages_max = int(pages.partition("=")[2])
+    assert largest < pages_max * PAGE_BYTES < largest + (8 << 20) and pages_max <= SQLITE_PAGES_MAX
+    assert size_for(largest, 0) == largest - STEP_BYTES and size_for(largest, largest) == 0
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"quota_bytes": largest + 1}, SpoolSettings)
 
 
 def test_the_ballast_holds_the_room_and_gives_it_to_the_database(tmp_path: Path) -> None:
