@@ -11,17 +11,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tbox.control import ControlError, request
 from tbox.record.proof import Proof, ProofResult
+from tbox.sim.broker import Mqtt
 from tbox.uplink.receive import Receiver
 from tbox.uplink.session import UplinkSettings
 
 DBC = Path(__file__).parents[1] / "dbc"
 WAIT_S = 60.0  # generous: tests run side by side on two cores
 POLL_S = 0.05
-Mqtt = Literal["5", "3.1.1"]
 TBOX = [sys.executable, "-m", "tbox"]
 FAST_SESSION = """\
 [uplink.session]

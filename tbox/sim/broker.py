@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from tbox.errors import TboxError
 
@@ -42,12 +42,15 @@ class BrokerTls:
     ca: str = ""
 
 
+Mqtt = Literal["5", "3.1.1"]
+
+
 class Broker(Protocol):
     """A broker one can point a client at."""
 
     name: str
     port: int
-    mqtt: str  # the newest protocol it speaks: "5" or "3.1.1"
+    mqtt: Mqtt  # the newest protocol it speaks
 
     def start(self) -> Self: ...
     def stop(self) -> None: ...
@@ -100,7 +103,7 @@ class MosquittoBroker(_Managed):
     """
 
     name = "mosquitto"
-    mqtt = "5"
+    mqtt: Mqtt = "5"
 
     def __init__(
         self,
@@ -239,7 +242,7 @@ class EmbeddedBroker(_Managed):
     """amqtt in a thread of this process: MQTT 3.1.1, for machines without mosquitto."""
 
     name = "amqtt"
-    mqtt = "3.1.1"
+    mqtt: Mqtt = "3.1.1"
 
     def __init__(self) -> None:
         self.port = 0

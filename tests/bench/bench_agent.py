@@ -177,10 +177,8 @@ def _daemon(place: Path, rules: str = "", bus: str = "", more: str = "") -> Iter
     with ExitStack() as stack:
         broker = start_broker(str(place / "broker"), embedded=find_mosquitto() is None)
         stack.callback(broker.stop)
-        daemon = Daemon(place, broker.port, bus=bus, more=f'[edge.isolation]\nmode = "send"\n{more}')
-        daemon.config.write_text(
-            daemon.config.read_text().replace("[uplink]\n", f'[uplink]\nmqtt = "{broker.mqtt}"\n')
-        )
+        more = f'[edge.isolation]\nmode = "send"\n{more}'
+        daemon = Daemon(place, broker.port, bus=bus, more=more, mqtt=broker.mqtt)
         (place / "rules.toml").write_text(rules)
         stack.callback(daemon.end)
         yield daemon.start()

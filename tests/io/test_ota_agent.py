@@ -19,7 +19,7 @@ from tbox.model import COUNTER_BITS, NS_PER_S
 from tbox.ota.serve import running
 from tbox.sim.broker import Broker, find_mosquitto, start_broker
 from tbox.spool import schema
-from tests.daemon import TBOX, WAIT_S, Daemon, Judge, Mqtt, Vehicle, tbox, wait_for
+from tests.daemon import TBOX, WAIT_S, Daemon, Judge, Vehicle, tbox, wait_for
 
 pytestmark = [
     pytest.mark.mosquitto,
@@ -43,7 +43,7 @@ class Car(Daemon):
     """The daemon out of slot a, started by `tbox boot`; a publisher; the vehicle around both."""
 
     def __init__(self, directory: Path, broker: Broker, factory: Factory, base: str) -> None:
-        super().__init__(directory, broker.port, more=SETTINGS.format(base=base), mqtt=spoken(broker))
+        super().__init__(directory, broker.port, more=SETTINGS.format(base=base), mqtt=broker.mqtt)
         self.factory = factory
         self.slots = directory / "slots"
         self.installed = factory.image("1.0")
@@ -81,16 +81,12 @@ class Car(Daemon):
         return bool(self.status().get("version") == version)
 
 
-def spoken(broker: Broker) -> Mqtt:
-    return "5" if broker.mqtt == "5" else "3.1.1"
-
-
 class Bench:
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self._stack = stack
         broker = start_broker(str(directory / "broker"))
         stack.callback(broker.stop)
-        self.judge = Judge(broker.port, spoken(broker))
+        self.judge = Judge(broker.port, broker.mqtt)
         stack.callback(self.judge.close)
         self.factory = Factory(directory / "factory")
         base = stack.enter_context(running(self.factory.repository))
