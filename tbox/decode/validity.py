@@ -316,8 +316,8 @@ class _Spikes:
             ]
         )
         self._watched = self._step > 0
-        self._half_step = self._step / 2
-        self._believed = np.full(len(catalog), np.nan)
+        self._half_step = np.where(self._watched, self._step / 2, np.inf)
+        self._believed = np.where(self._watched, np.nan, 0.0)
         self._refused: dict[int, float] = {}  # column -> the sample just refused
         self._plan_ns = np.full(len(table.plan_info), NEVER_NS, np.int64)
 
@@ -329,13 +329,26 @@ class _Spikes:
         value: npt.NDArray[np.float64],
         code: Codes,
     ) -> None:
-        watched = self._watched.take(column)
-        if code.any():
+        calm = self._calm(column, value)
+        if not self._refused and not code.any() and calm.all():
+            self._believed[column] = value
+        else:
+            watched = self._watched.take(column)
             watched &= (code == 0) | (code == Validity.MUX)
-        at = where_(watched)
-        if len(at):
-            self._judge(batch, decoded, at, column[at], value[at], code)
+            at = where_(watched)
+            if len(at):
+                self._judge(batch, decoded, at, column[at], value[at], calm[at], code)
         self._plan_ns[decoded.plan] = batch.t_ns
+
+    def _calm(self, column: npt.NDArray[np.int64], value: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+        """Return which are within half a step of the believed value: within a step of each other, that is.
+
+        Not so: NaN, and the first of a watched column. Of others nothing is believed that matters.
+        """
+        away = value - self._believed.take(column)
+        np.abs(away, out=away)
+        calm: npt.NDArray[np.bool_] = away <= self._half_step.take(column)
+        return calm
 
     def _judge(
         self,
@@ -344,12 +357,9 @@ class _Spikes:
         at: IntArray,
         column: npt.NDArray[np.int64],
         v: npt.NDArray[np.float64],
+        calm: npt.NDArray[np.bool_],
         code: Codes,
     ) -> None:
-        # All within half a step of the believed value are within a step of each other: nothing to look at.
-        calm = np.abs(v - self._believed.take(column)) <= self._half_step.take(
-            column
-        )  # not so: NaN, the first
         if self._refused or not calm.all():
             doubtful = np.isin(column, np.concatenate((column[~calm], [*self._refused])))
             frame = decoded.frame[at[doubtful]]
