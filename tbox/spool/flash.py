@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tbox.model import COUNTER_BITS
@@ -104,6 +105,16 @@ def _code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
 
 
+def header_fault(path: str) -> str | None:
+    """Return what is wrong with the first bytes of a file, None when nothing is or there is none.
+
+    SQLite takes a flipped bit here for another format, or for a file that must not be written.
+    """
+    with contextlib.suppress(OSError), Path(path).open("rb") as file:
+        return schema.header_fault(file.read(schema.HEADER_BYTES), PAGE_BYTES)
+    return None
+
+
 def first_id(start: int) -> int:
     return start << COUNTER_BITS
 
@@ -155,6 +166,9 @@ class Flash:
     def __init__(self, path: str, connect: Connect, quota_bytes: int, *, migrate: bool = True) -> None:
         """Open or create the file; migrate: see `schema.bring_up`. Raises sqlite3.Error, SpoolSchemaError."""
         self.path = path
+        wrong = header_fault(path)
+        if wrong:
+            raise Damaged(wrong)
         self._db = connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         self._newest: dict[Lane, int] = dict.fromkeys(LANES, 0)
         self._tombstone: dict[Lane, int | None] = dict.fromkeys(LANES)

@@ -1,4 +1,4 @@
-"""A damaged spool file is put aside and its runs are fetched back one by one. Never writes to that file.
+"""A damaged spool file is put aside and its runs are fetched back one by one. Writes to no page of records.
 
 Putting aside is two renames, log first, and can be cut between them: `finish_setting_aside` ends it. Both
 tables are walked side by side in order of id, and only a run that unseals comes back. Of one that is
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tbox.durable import Storage
 from tbox.spool import schema
-from tbox.spool.flash import FILE_NAME, Connect, Run, is_sound
+from tbox.spool.flash import FILE_NAME, PAGE_BYTES, Connect, Run, header_fault, is_damage, is_sound
 from tbox.spool.policy import LANES, Lane, is_packed
 from tbox.spool.schema import Connection
 
@@ -87,15 +89,26 @@ class Found(NamedTuple):
 Whole = Callable[[Run], bool]
 
 
-def salvage(path: str, connect: Connect, after: Callable[[Lane], int], whole: Whole) -> Iterator[Found]:
+def salvage(
+    path: str, connect: Connect, after: Callable[[Lane], int], whole: Whole, *, mend: bool = False
+) -> Iterator[Found]:
     """Yield what can be read of a damaged file and every gap in it, in order of id.
 
-    after: the id up to which a lane was salvaged before. whole: whether a run is what was sealed. A file
-    that cannot be opened at all yields one gap over everything.
+    after: the id up to which a lane was salvaged before. whole: whether a run is what was sealed. mend:
+    whether the file's first page, which holds no record, may be replaced where nothing can be read without.
+    A file that cannot be opened at all yields one gap over everything.
     """
     try:
-        db = _opened(path, connect)
-    except sqlite3.Error:
+        if mend and header_fault(path):
+            _replace_first_page(path)
+        try:
+            db = _opened(path, connect)
+        except sqlite3.Error as error:
+            if not mend or not is_damage(error):
+                raise
+            _replace_first_page(path)
+            db = _opened(path, connect)
+    except (sqlite3.Error, OSError):
         yield Found(LANES[0], None, 1, ID_MAX)
         return
     try:
@@ -104,6 +117,14 @@ def salvage(path: str, connect: Connect, after: Callable[[Lane], int], whole: Wh
     finally:
         with contextlib.suppress(sqlite3.Error):
             db.close()
+
+
+def _replace_first_page(path: str) -> None:
+    with Path(path).open("r+b") as file:
+        pages = file.seek(0, os.SEEK_END) // PAGE_BYTES
+        if pages > 1:
+            file.seek(0)
+            file.write(schema.first_page(PAGE_BYTES, pages))
 
 
 def _opened(path: str, connect: Connect) -> Connection:

@@ -87,7 +87,8 @@ class Rescue:
             after = flash.salvaged(self.files[0])
             self._upto = after or dict.fromkeys(LANES, 0)
             path = f"{self._directory}/{self.files[0]}"
-            self._founds = salvage(path, self._connect, self._upto.__getitem__, whole) if after else iter(())
+            upto = self._upto.__getitem__
+            self._founds = salvage(path, self._connect, upto, whole, mend=True) if after else iter(())
             self._missing, self._missing_next = self._missing_next, 0
         for _ in range(RUNS_PER_TICK):
             if self.returned_bytes >= bytes_max:

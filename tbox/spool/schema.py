@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 from tbox.errors import TboxError
@@ -18,6 +18,7 @@ from tbox.imports import import_without
 
 FAMILY = 1
 FAMILY_SIZE = 1000
+HEADER_BYTES = 100  # SQLite's file format, section 1.3
 
 # What a kind is called on flash. Numbers are never reused; a new kind gets the next one.
 KIND_CODES = {"telemetry": 1, "alarm": 2, "event": 3, "capture": 4, "journey": 5, "health": 6, "ota": 7}
@@ -123,11 +124,39 @@ def lay_for_reading(connection: Connection) -> None:
         connection.execute("SELECT 1 FROM sqlite_master").fetchone()  # the first statement says what is wrong
     connection.execute("BEGIN")
     connection.execute("DELETE FROM sqlite_master")
-    for name in ("alarm", "routine", "partly"):
-        root, (key, *others) = LAYOUT[name]
-        made = f"CREATE TABLE {name} ({key} INTEGER PRIMARY KEY, {', '.join(others)})"
+    for name, made in _reading_tables():
+        root = LAYOUT[name][0]
         connection.execute("INSERT INTO sqlite_master VALUES ('table', ?, ?, ?, ?)", (name, name, root, made))
     connection.execute("PRAGMA writable_schema=RESET").fetchall()
+
+
+def header_fault(header: bytes, page_bytes: int) -> str | None:
+    """Return what is wrong with the first bytes of a file; None for a new file or one cut in the making."""
+    if len(header) < HEADER_BYTES or not any(header):
+        return None
+    magic = b"SQLite format 3\0" + page_bytes.to_bytes(2, "big")
+    modes = header[18:20] in (b"\1\1", b"\2\2")  # rollback journal while in the making, then write-ahead log
+    fixed = header[20:24] == b"\0\x40\x20\x20" and header[44:48] in (bytes(4), b"\0\0\0\4")
+    return None if header.startswith(magic) and modes and fixed else "the header is not that of a spool"
+
+
+def first_page(page_bytes: int, pages: int) -> bytes:
+    """Return a page 1 under which the runs of a file of so many pages can be read."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.execute(f"PRAGMA page_size={page_bytes}")
+        for _, made in _reading_tables():
+            db.execute(made)
+        page = bytearray(db.serialize()[:page_bytes])
+    page[18:20] = b"\2\2"  # SQLite's file format, section 1.3: write-ahead log; size in pages
+    page[28:32] = pages.to_bytes(4, "big")
+    return bytes(page)
+
+
+def _reading_tables() -> Iterator[tuple[str, str]]:
+    """Yield what is needed to read runs, in the order of the root pages: table and how it is made."""
+    for name in ("alarm", "routine", "partly"):
+        key, *others = LAYOUT[name][1]
+        yield name, f"CREATE TABLE {name} ({key} INTEGER PRIMARY KEY, {', '.join(others)})"
 
 
 Migration = Callable[[Any], None]

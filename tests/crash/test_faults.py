@@ -350,6 +350,33 @@ def test_a_bit_flipped_in_the_text_of_the_schema_loses_no_record(
         spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
 
 
+# Magic, page size, what may be written, reserved bytes, fractions, schema format (SQLite's section 1.3).
+@pytest.mark.parametrize("at", [0, 15, 16, 17, 18, 19, 20, 21, 23, 47])
+def test_a_bit_flipped_in_the_header_costs_no_record(
+    tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]], at: int
+) -> None:
+    files, made = stopped
+    content = bytearray(files["spool.db"])
+    content[at] ^= 1
+    _put({**files, "spool.db": bytes(content)}, tmp_path)
+    got, _drops, spool = _reopened(tmp_path)
+    assert got == made and spool.stat()["state"] == "flash" and not spool.stat()["dropped"]
+    spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
+
+
+@pytest.mark.parametrize("left", [0, 16, 100, 1024])
+def test_a_first_page_that_is_gone_costs_no_record(
+    tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]], left: int
+) -> None:
+    files, made = stopped
+    content = bytearray(files["spool.db"])
+    content[left:PAGE_BYTES] = random.Random(left).randbytes(PAGE_BYTES - left)
+    _put({**files, "spool.db": bytes(content)}, tmp_path)
+    got, _drops, spool = _reopened(tmp_path)
+    assert got == made and not spool.stat()["dropped"]
+    spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
+
+
 @pytest.mark.parametrize("partly_acked", [False, True])
 def test_a_flipped_bit_in_a_body_costs_its_run_and_no_other(
     tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]], partly_acked: bool
