@@ -56,6 +56,7 @@ from tbox.spool.policy import (
     StoredRun,
     TokenBucket,
     evict_target_bytes,
+    is_urgent,
     lane_of,
     pick_expired,
     pick_oldest,
@@ -174,7 +175,7 @@ class Spool:
         self._start_rows: list[StartRow] = []  # what this start writes about starts, should it be in doubt
         self._open: dict[int, Record] = {}  # appended and not known to be committed
         self._open_bytes = 0
-        self._alarm_waits = False
+        self._urgent_waits = False
         # lane -> id up to which the backlog of earlier starts is counted; a lane leaves when it is done
         self._uncounted_after: dict[Lane, int] = dict.fromkeys(LANES, 0)
         self._dropped = {cause: Dropped(cause) for cause in CAUSES}  # and not told yet
@@ -204,7 +205,7 @@ class Spool:
         by_id = {record.id: record for record in records}
         self._open |= by_id
         self._open_bytes += sum(len(record.payload) for record in records)
-        self._alarm_waits |= self._drain.append(records)
+        self._urgent_waits |= self._drain.append(records)
         self._highest_id = max(self._highest_id, *by_id)
         self._account.into += len(records)
         self._account.held += len(records)
@@ -213,12 +214,12 @@ class Spool:
 
     @property
     def wants_commit(self) -> bool:
-        """Whether `tick` should be called at once: an alarm waits, or there is much to write or delete."""
+        """Whether `tick` should be called at once: what is urgent waits, or much to write or delete."""
         if self._outage.reason:
             return False  # the flash is tried again at its own pace
         if self._drain.gone and self._runs_read >= READ_RUNS_PER_COMMIT:
             return True
-        return self._alarm_waits or self._open_bytes >= self._settings.commit_bytes
+        return self._urgent_waits or self._open_bytes >= self._settings.commit_bytes
 
     # --- what goes out --------------------------------------------------------------------------------
 
@@ -383,7 +384,7 @@ class Spool:
             self._open_bytes -= sum(len(record.payload) for record in settled if record)
         self._tried = []
         self._unsealed = 0, []
-        self._alarm_waits = any(record.is_alarm for record in self._open.values())
+        self._urgent_waits = any(map(is_urgent, self._open.values()))
         self._drain.committed()
         self._spoiled.clear()
         self._runs_read = 0

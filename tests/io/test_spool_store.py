@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import sqlite3
 import stat
 from contextlib import closing
@@ -211,6 +212,23 @@ def test_what_is_in_flight_is_not_evicted(tmp_path: Path) -> None:
     rig.spool.requeue()
     assert {record.id for record in flying} <= {record.id for record in rig.drain()}
     rig.close()
+
+
+def test_what_led_to_an_alarm_is_on_flash_as_soon_as_it_is_sealed(tmp_path: Path) -> None:
+    """It must survive the accident it tells of: a capture does not wait for the tick."""
+    rig = Rig(tmp_path / "car")
+    rig.put(3)
+    assert not rig.spool.wants_commit
+    part = rig.minter(Draft("capture", Level.INFO, 0, {"event": "frames"}))
+    rig.spool.append([part])
+    assert rig.spool.wants_commit
+    rig.spool.tick(Now(0))
+    assert not rig.spool.wants_commit
+    shutil.copytree(tmp_path / "car", tmp_path / "after the cut")
+    rig.close()
+    again = Rig(tmp_path / "after the cut", start=2)
+    assert part.id in {record.id for record in again.drain()}
+    again.close()
 
 
 def test_a_drain_commits_in_portions_so_that_live_records_wait_for_few_pages(
