@@ -164,7 +164,11 @@ def salvage_command(directory: str, key_file: str, out: TextIO) -> None:
         lock.release()
     print(json.dumps(counts), file=sys.stderr)
     if not counts["records"]:
-        raise TboxError("nothing could be read", where=directory, mend="is this a spool and its key?")
+        raise TboxError(
+            "nothing could be read",
+            where=directory,
+            mend="the next start reads more, it may replace a damaged first page",
+        )
 
 
 def _salvage_file(path: str, keys: Keyring, out: TextIO, counts: dict[str, int]) -> None:

@@ -351,6 +351,7 @@ class Spool:
                 if not room or self._flash is None:
                     raise
                 self._flash.rollback()
+        self._alarm_waits = False  # nothing is open any more: committed, or acknowledged before it was
 
     def _has_work(self) -> bool:
         return bool(self._open or self._tried or self._drain.gone or self._rescue.is_due or self._told_of())
@@ -383,7 +384,6 @@ class Spool:
             self._open_bytes -= sum(len(record.payload) for record in settled if record)
         self._tried = []
         self._unsealed = 0, []
-        self._alarm_waits = any(record.is_alarm for record in self._open.values())
         self._drain.committed()
         self._spoiled.clear()
         self._runs_read = 0
