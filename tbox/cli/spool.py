@@ -167,7 +167,7 @@ def salvage_command(directory: str, key_file: str, out: TextIO) -> None:
         raise TboxError(
             "nothing could be read",
             where=directory,
-            mend="the next start reads more, it may replace a damaged first page",
+            mend="check the key; the next start of the agent may read more",
         )
 
 
