@@ -164,7 +164,11 @@ def salvage_command(directory: str, key_file: str, out: TextIO) -> None:
         lock.release()
     print(json.dumps(counts), file=sys.stderr)
     if not counts["records"]:
-        raise TboxError("nothing could be read", where=directory, mend="is this a spool and its key?")
+        raise TboxError(
+            "nothing could be read",
+            where=directory,
+            mend="check the key; the next start of the agent may read more",
+        )
 
 
 def _salvage_file(path: str, keys: Keyring, out: TextIO, counts: dict[str, int]) -> None:

@@ -1,15 +1,16 @@
 """The spool's tables and how they grow. sqlite-utils makes and migrates them at open; nothing here sends.
 
-The version in `user_version` is family * 1000 + step. Within a family steps only add what an older
-release can ignore (a nullable column, a view), so an update that is rolled back still opens its spool; a
-release does without the steps that are still to come, for none is made while it is on trial. A spool of
-another family is refused with its data untouched.
+The version in `user_version` is family * 1000 + step, its sum in `application_id`. Within a family steps
+only add what an older release can ignore (a nullable column, a view), so an update that is rolled back still
+opens its spool; a release does without the steps that are still to come, for none is made while it is on
+trial. A spool of another family is refused with its data untouched.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
@@ -18,6 +19,7 @@ from tbox.imports import import_without
 
 FAMILY = 1
 FAMILY_SIZE = 1000
+_VERSION_PRAGMAS = ("user_version", "application_id")
 HEADER_BYTES = 100  # SQLite's file format, section 1.3
 
 # What a kind is called on flash. Numbers are never reused; a new kind gets the next one.
@@ -166,7 +168,21 @@ MIGRATIONS: tuple[Migration, ...] = (_lay_tables,)
 
 
 def version(connection: Connection) -> int:
-    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+    """Return `user_version`, or what it was when its sum in `application_id` was written."""
+    found, told = (int(connection.execute(f"PRAGMA {name}").fetchone()[0]) for name in _VERSION_PRAGMAS)
+    if told not in (0, _sum(found)):
+        mine = range(FAMILY * FAMILY_SIZE + 1, (FAMILY + 1) * FAMILY_SIZE)
+        return next((one for one in mine if _sum(one) == told), found)
+    return found
+
+
+def _set_version(connection: Connection, new: int) -> None:
+    for name, value in zip(_VERSION_PRAGMAS, (new, _sum(new)), strict=True):
+        connection.execute(f"PRAGMA {name}={value}")
+
+
+def _sum(number: int) -> int:
+    return zlib.crc32(b"%d" % number) & 0x7FFF_FFFF
 
 
 def bring_up(connection: Connection, where: str, *, migrate: bool = True) -> None:
@@ -194,7 +210,7 @@ def bring_up(connection: Connection, where: str, *, migrate: bool = True) -> Non
         connection.execute("BEGIN IMMEDIATE")
         try:
             migrations[step](db)
-            connection.execute(f"PRAGMA user_version={FAMILY * FAMILY_SIZE + step + 1}")
+            _set_version(connection, FAMILY * FAMILY_SIZE + step + 1)
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:

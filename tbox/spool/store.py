@@ -56,7 +56,6 @@ from tbox.spool.policy import (
     StoredRun,
     TokenBucket,
     evict_target_bytes,
-    is_urgent,
     lane_of,
     pick_expired,
     pick_oldest,
@@ -352,6 +351,7 @@ class Spool:
                 if not room or self._flash is None:
                     raise
                 self._flash.rollback()
+        self._urgent_waits = False  # nothing is open any more: committed, or acknowledged before it was
 
     def _has_work(self) -> bool:
         return bool(self._open or self._tried or self._drain.gone or self._rescue.is_due or self._told_of())
@@ -384,7 +384,6 @@ class Spool:
             self._open_bytes -= sum(len(record.payload) for record in settled if record)
         self._tried = []
         self._unsealed = 0, []
-        self._urgent_waits = any(map(is_urgent, self._open.values()))
         self._drain.committed()
         self._spoiled.clear()
         self._runs_read = 0

@@ -350,8 +350,8 @@ def test_a_bit_flipped_in_the_text_of_the_schema_loses_no_record(
         spool.close(Now(50 * NS_PER_S), clean=True, ledger_totals={})
 
 
-# Magic, page size, what may be written, reserved bytes, fractions, schema format (SQLite's section 1.3).
-@pytest.mark.parametrize("at", [0, 15, 16, 17, 18, 19, 20, 21, 23, 47])
+# Magic, page size, what may be written, reserved bytes, fractions, schema format, the version and its sum.
+@pytest.mark.parametrize("at", [0, 15, 16, 17, 18, 19, 20, 21, 23, 47, 60, 61, 62, 63, 71])
 def test_a_bit_flipped_in_the_header_costs_no_record(
     tmp_path: Path, stopped: tuple[dict[str, bytes], dict[int, Record]], at: int
 ) -> None:

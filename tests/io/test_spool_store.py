@@ -72,6 +72,16 @@ def test_what_was_acknowledged_within_the_tick_never_touches_flash(tmp_path: Pat
     rig.close()
 
 
+def test_an_alarm_acknowledged_before_its_commit_leaves_nothing_to_hurry_for(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    rig.put(1, level=Level.CRITICAL)
+    hurried = rig.spool.wants_commit
+    rig.spool.ack([record.id for record in rig.drain()])
+    rig.spool.tick(Now(NS_PER_S))
+    assert (hurried, rig.spool.wants_commit) == (True, False)
+    rig.close()
+
+
 @pytest.mark.parametrize("fills", [(200,), (100, 600), (2600,), (150, 300, 2600, 9000)])
 def test_taking_acknowledged_rows_off_flash_writes_hardly_a_page(
     tmp_path: Path, fills: tuple[int, ...]
