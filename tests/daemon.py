@@ -56,7 +56,7 @@ class Daemon:
     def __init__(
         self, directory: Path, port: int, *, bus: str = "", more: str = "", mqtt: Mqtt = "5"
     ) -> None:
-        self.directory = directory
+        self.directory, self.port, self.mqtt = directory, port, mqtt
         self.bus_url = f"tbox:{directory / 'bus'}"
         self.config = directory / "tbox.toml"
         self.socket = str(directory / "state" / "control.sock")

@@ -1,4 +1,5 @@
-"""The whole daemon against a plain pipeline: CPU, memory, and the way from a critical frame to the request.
+"""The whole daemon against a plain pipeline: CPU, memory, and the way from a critical frame to the request;
+and how old a live record is at the broker, while a backlog drains beside it.
 
 Both read the bus between processes (interface "tbox"), where `tbox sim` writes; CPU is what the kernel booked
 for the whole process, user and system, over the same seconds. The peer is tests/bench/peer_pipeline.py.
@@ -21,9 +22,14 @@ import can
 import numpy as np
 
 from tbox.bus.local import LocalBus
-from tbox.model import NS_PER_MS, NS_PER_S
+from tbox.ledger import Ledger
+from tbox.model import NS_PER_MS, NS_PER_S, Draft, Level, Now, Record, record_id
+from tbox.record.codec import PayloadError, decode_payload
 from tbox.sim.broker import find_mosquitto, start_broker
 from tbox.sim.layout import ISOLATION_REQUEST_ID
+from tbox.spool.store import Spool, SpoolSettings
+from tbox.uplink.receive import Receiver
+from tbox.uplink.session import UplinkSettings
 from tests.bench.harness import Result
 from tests.daemon import DBC, Daemon, Vehicle
 
@@ -39,6 +45,10 @@ COOL_RAW, HOT_RAW = 65, 160  # 25 and 120 degC
 HOT_S = 0.1
 WITHDRAWN_S = 0.8  # three frames 200 ms apart; then nothing presses any more
 PHASE_S = 0.003
+AGE_RATE, AGE_S = 1_340, 40.0
+AGE_BACKLOG, AGE_BACKLOG_BYTES = 40_000, 2_600  # at 1 MiB/s it lasts longer than the measurement
+AGE_GROWTH_MAX = 1.05  # a twentieth of some 200 ms: less than one round trip of a mobile network
+AGE_RECORD_MS = 100
 TICKS_S = os.sysconf("SC_CLK_TCK")
 DBC_FILES = [str(DBC / "tbox_bms.dbc"), str(DBC / "tbox_vehicle.dbc")]
 
@@ -48,6 +58,7 @@ def cases() -> Iterator[Result]:
         for rate, share in RATES:
             yield from _load(Path(place) / f"load-{rate}", rate, share)
         yield _latency(Path(place) / "latency")
+        yield _age(Path(place) / "age")
 
 
 def _load(place: Path, rate: int, share: float) -> Iterator[Result]:
@@ -101,6 +112,75 @@ def _latency(place: Path) -> Result:
         value=p99, unit="ms", goal=f"<= {LATENCY_MS_MAX:g}", ok=heard and p99 <= LATENCY_MS_MAX,
         note=f"{len(waits_ms)} of {PROBES} rounds; median {statistics.median(waits_ms or [0]):.1f}",
     )  # fmt: skip
+
+
+def _age(place: Path) -> Result:
+    """The age of live telemetry at the broker, with and without a backlog that drains at the default rate."""
+    quiet, _ = _ages(place / "quiet", backlog=0)
+    busy, drained = _ages(place / "busy", backlog=AGE_BACKLOG)
+    p99, quiet_p99 = (float(np.percentile(ages, 99, method="higher")) for ages in (busy, quiet))
+    return Result(
+        bench="agent", case="age of a live record at the broker, p99, while a backlog drains", value=p99,
+        unit="ms", peer="no backlog", peer_value=quiet_p99, ratio=quiet_p99 / p99,
+        goal=f"unchanged: <= {AGE_GROWTH_MAX} of it", ok=p99 <= AGE_GROWTH_MAX * quiet_p99,
+        note=f"{len(busy)} records, median {statistics.median(busy):.0f} against "
+        f"{statistics.median(quiet):.0f} ms; {drained / AGE_S:.0f} backlog records/s",
+    )  # fmt: skip
+
+
+def _ages(place: Path, backlog: int) -> tuple[list[float], int]:
+    """Return the ages in ms of the live telemetry of AGE_S seconds, and how much backlog came beside it."""
+    state = place / "state"
+    state.mkdir(parents=True)
+    if backlog:
+        _fill_spool(state / "spool", backlog)
+    plans = "".join(f"[edge.sampler.{mode}]\n{_FINE_PLAN}" for mode in ("idle", "city", "highway"))
+    ages: list[float] = []
+    others = 0
+
+    def take(_topic: str, payload: bytes, mono_ns: int, _retained: bool) -> None:
+        nonlocal others
+        try:
+            record = decode_payload(payload)
+        except PayloadError:  # the backlog's are noise
+            others += 1
+            return
+        # Coarse windows begin long before their record leaves.
+        if record["kind"] == "telemetry" and max(record["body"]["windows_ms"]) <= AGE_RECORD_MS:
+            ages.append((mono_ns - record["mono"]) / NS_PER_MS - AGE_RECORD_MS)
+
+    with _daemon(place, more=plans) as daemon, _vehicle(daemon.bus_url, AGE_RATE):
+        settings = UplinkSettings(host="127.0.0.1", port=daemon.port, mqtt=daemon.mqtt)
+        time.sleep(SETTLE_S)
+        with Receiver(settings, "car", take).start():
+            time.sleep(AGE_S)
+    return ages, others
+
+
+def _fill_spool(directory: Path, records: int) -> None:
+    """Leave a backlog of an earlier start."""
+
+    def mint(_draft: Draft) -> Record:
+        raise AssertionError("nothing is lost here")
+
+    spool = Spool.open(
+        str(directory), SpoolSettings(), start=1, mint=mint, now=Now(0), ledger=Ledger(),
+    )  # fmt: skip
+    for first in range(1, records, 100):
+        spool.append([
+            Record(record_id(1, first + n), "telemetry", Level.INFO, os.urandom(AGE_BACKLOG_BYTES))
+            for n in range(100)
+        ])  # fmt: skip
+        spool.tick(Now(first))
+    spool.close(Now(records), clean=True, ledger_totals={})
+
+
+_FINE_PLAN = f"""\
+window_ms = {AGE_RECORD_MS}
+record_ms = {AGE_RECORD_MS}
+other_window_ms = 1000
+other_record_ms = 10000
+"""
 
 
 def _probe_dbc() -> str:

@@ -47,7 +47,8 @@ STRICT = {
 def left(tmp_path: Path) -> Path:
     """The device as the first release left it, a new image in slot b on trial."""
     with tarfile.open(RELEASES / f"{FIRST}.tar.xz") as tar:
-        tar.extractall(tmp_path / "device", filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Debian 12's Python has none
+        tar.extractall(tmp_path / "device")
     return tmp_path / "device"
 
 
