@@ -16,7 +16,7 @@ import numpy as np
 import structlog
 
 from tbox.bus.frames import concatenated
-from tbox.bus.spec import BusReader, Pace
+from tbox.bus.spec import GATHER_MS_CALM, BusReader, Pace
 from tbox.bus.writer import BusWriter
 from tbox.clock import Deadline
 from tbox.decode.stage import DecodeStage
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 HANDOVER_BATCHES_MAX = 256  # a full hand-over leaves the frames in the kernel, which counts what it drops
 RX_WAIT_S = 0.1
-HOLD_S = 0.08  # well below the 100 ms at which the edge wants its steps
+HOLD_S = GATHER_MS_CALM / 1000
 HOLD_FRAMES_MAX = 1024  # 10 ms of work on a slow machine
 HOLD_FRAMES_HURRIED = 256  # a frame that presses would have to wait for them
 RX_DRAIN_S = 1.0
