@@ -131,11 +131,6 @@ def lane_of(record: Record) -> Lane:
     return ALARM if record.is_alarm else ROUTINE
 
 
-def is_urgent(record: Record) -> bool:
-    """Whether a record is committed at once: an alarm, and the frames that led to it."""
-    return record.is_alarm or record.kind in PATIENT_KINDS
-
-
 def runs_of(records: Iterable[Record]) -> Iterator[list[Record]]:
     """Cut records into runs: consecutive ids of one kind and level, up to the limits of a run."""
     run: list[Record] = []
@@ -202,11 +197,11 @@ class Drain:
         self.gone = IdRanges()  # acknowledged or evicted, and still on flash
 
     def append(self, records: Sequence[Record]) -> bool:
-        """Take new records; return whether one of them is committed at once."""
+        """Take new records; return whether to commit at once: an alarm is among them, or what led to one."""
         alarms = [record for record in records if record.is_alarm]
         self._add_fresh(ALARM, alarms)
         self._add_fresh(ROUTINE, [one for one in records if not one.is_alarm] if alarms else records)
-        return any(map(is_urgent, records))
+        return bool(alarms) or any(record.kind in PATIENT_KINDS for record in records)
 
     def _add_fresh(self, lane: Lane, records: Sequence[Record]) -> None:
         state = self._lanes[lane]

@@ -22,14 +22,13 @@ import can
 import numpy as np
 
 from tbox.bus.local import LocalBus
-from tbox.ledger import Ledger
-from tbox.model import NS_PER_MS, NS_PER_S, Draft, Level, Now, Record, record_id
+from tbox.model import NS_PER_MS, NS_PER_S, Now
 from tbox.record.codec import PayloadError, decode_payload
 from tbox.sim.broker import find_mosquitto, start_broker
 from tbox.sim.layout import ISOLATION_REQUEST_ID
-from tbox.spool.store import Spool, SpoolSettings
 from tbox.uplink.receive import Receiver
 from tbox.uplink.session import UplinkSettings
+from tests.bench.bench_spool import fill, open_spool, portions
 from tests.bench.harness import Result
 from tests.daemon import DBC, Daemon, Vehicle
 
@@ -133,7 +132,9 @@ def _ages(place: Path, backlog: int) -> tuple[list[float], int]:
     state = place / "state"
     state.mkdir(parents=True)
     if backlog:
-        _fill_spool(state / "spool", backlog)
+        spool = open_spool(str(state / "spool"))  # an earlier start's
+        fill(spool, portions(backlog // 100, 100, AGE_BACKLOG_BYTES))
+        spool.close(Now(0), clean=True, ledger_totals={})
     plans = "".join(f"[edge.sampler.{mode}]\n{_FINE_PLAN}" for mode in ("idle", "city", "highway"))
     ages: list[float] = []
     others = 0
@@ -155,24 +156,6 @@ def _ages(place: Path, backlog: int) -> tuple[list[float], int]:
         with Receiver(settings, "car", take).start():
             time.sleep(AGE_S)
     return ages, others
-
-
-def _fill_spool(directory: Path, records: int) -> None:
-    """Leave a backlog of an earlier start."""
-
-    def mint(_draft: Draft) -> Record:
-        raise AssertionError("nothing is lost here")
-
-    spool = Spool.open(
-        str(directory), SpoolSettings(), start=1, mint=mint, now=Now(0), ledger=Ledger(),
-    )  # fmt: skip
-    for first in range(1, records, 100):
-        spool.append([
-            Record(record_id(1, first + n), "telemetry", Level.INFO, os.urandom(AGE_BACKLOG_BYTES))
-            for n in range(100)
-        ])  # fmt: skip
-        spool.tick(Now(first))
-    spool.close(Now(records), clean=True, ledger_totals={})
 
 
 _FINE_PLAN = f"""\

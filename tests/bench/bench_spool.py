@@ -62,7 +62,8 @@ def _directory() -> Iterator[str]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _spool(directory: str, start: int = 1, backlog_bytes_s: int = 1 << 30, **options: object) -> Spool:
+def open_spool(directory: str, start: int = 1, backlog_bytes_s: int = 1 << 30, **options: object) -> Spool:
+    """Open a spool with room for a backlog of gigabytes."""
     settings = SpoolSettings(
         quota_bytes=4 << 30, ballast=False, backlog_records_s=1_000_000, backlog_bytes_s=backlog_bytes_s,
         live_records_max=100,
@@ -76,12 +77,14 @@ def _records(first: int, n: int, size: int, start: int = 1) -> list[Record]:
     return [Record(record_id(start, first + i), "telemetry", Level.INFO, _payload(size)) for i in range(n)]
 
 
-def _portions(commits: int, per_commit: int, size: int) -> Iterator[list[Record]]:
+def portions(commits: int, per_commit: int, size: int) -> Iterator[list[Record]]:
+    """Yield the records of each commit, of noise."""
     return (_records(1 + commit * per_commit, per_commit, size) for commit in range(commits))
 
 
-def _fill(spool: Spool, portions: Iterable[list[Record]]) -> None:
-    for second, records in enumerate(portions):
+def fill(spool: Spool, commits: Iterable[list[Record]]) -> None:
+    """Append and commit each, a second apart."""
+    for second, records in enumerate(commits):
         spool.append(records)
         spool.tick(Now(second))
 
@@ -110,9 +113,9 @@ def _wall(work: Callable[[], object]) -> float:
 
 def _put_ours(commits: int = COMMITS) -> float:
     with _directory() as directory:
-        spool = _spool(directory)
-        portions = list(_portions(commits, PER_COMMIT, RECORD_BYTES))
-        seconds = _wall(lambda: _fill(spool, portions))
+        spool = open_spool(directory)
+        puts = list(portions(commits, PER_COMMIT, RECORD_BYTES))
+        seconds = _wall(lambda: fill(spool, puts))
         spool.close(Now(0), clean=True, ledger_totals={})
     return seconds / (commits * PER_COMMIT)
 
@@ -136,8 +139,8 @@ def _put_peer() -> float:
 def _sealed_bodies() -> list[bytes]:
     """Return what the spool stores in LOG_ROUNDS_COMMITS commits, sealed beforehand."""
     sealer = Sealer(bytes(KEY_BYTES))
-    portions = _portions(LOG_ROUNDS_COMMITS, PER_COMMIT, RECORD_BYTES)
-    runs = (run for records in portions for run in runs_of(records))
+    commits = portions(LOG_ROUNDS_COMMITS, PER_COMMIT, RECORD_BYTES)
+    runs = (run for records in commits for run in runs_of(records))
     return [sealer.seal(run[0].id, run[0].kind, run[0].level, [r.payload for r in run]) for run in runs]
 
 
@@ -179,8 +182,8 @@ def _bare_sqlite() -> float:
 
 def _drain_ours() -> float:
     with _directory() as directory:
-        spool = _spool(directory)
-        _fill(spool, _portions(COMMITS, PER_COMMIT, RECORD_BYTES))
+        spool = open_spool(directory)
+        fill(spool, portions(COMMITS, PER_COMMIT, RECORD_BYTES))
         taken: list[int] = []
         seconds = _wall(lambda: taken.append(_drain(spool)))
         spool.close(Now(0), clean=True, ledger_totals={})
@@ -230,7 +233,7 @@ def _life(commits: int, per_commit: int, size: int, *, online: bool = False) -> 
     """Return flash bytes per payload byte and flushes per record over the whole life of the records."""
     with _directory() as directory:
         recorder = Recorder(directory)
-        spool = _spool(directory, connect=recorder.connect, storage=recorder.storage)
+        spool = open_spool(directory, connect=recorder.connect, storage=recorder.storage)
         recorder.ops.clear()
         if online:
             for commit in range(commits):
@@ -238,7 +241,7 @@ def _life(commits: int, per_commit: int, size: int, *, online: bool = False) -> 
                 spool.ack([record.id for record in spool.offer(Now(commit), per_commit)])
                 spool.tick(Now(commit))
         else:
-            _fill(spool, _portions(commits, per_commit, size))
+            fill(spool, portions(commits, per_commit, size))
             _drain(spool)
         if not online:
             spool.close(Now(0), clean=True, ledger_totals={})  # with the last checkpoint: part of the life
@@ -313,23 +316,23 @@ def _backlog() -> Iterator[Result]:
     with _directory() as directory:
         pid = os.fork()
         if pid == 0:  # fill it in a process of its own, which then dies without closing
-            spool = _spool(directory)
+            spool = open_spool(directory)
             commits = BACKLOG_BYTES // (40 * BACKLOG_RECORD_BYTES)
-            _fill(spool, _portions(commits, 40, BACKLOG_RECORD_BYTES))
+            fill(spool, portions(commits, 40, BACKLOG_RECORD_BYTES))
             os._exit(0)
         os.waitpid(pid, 0)
         size = sum(path.stat().st_size for path in Path(directory).iterdir()) / 1e6
         spools: list[Spool] = []
-        seconds = _wall(lambda: spools.append(_spool(directory, start=2, backlog_bytes_s=LINK_BYTES_S)))
+        seconds = _wall(lambda: spools.append(open_spool(directory, start=2, backlog_bytes_s=LINK_BYTES_S)))
         yield Result(bench="spool", case=f"open with {size:.0f} MB of backlog after a kill", value=seconds,
                      unit="s", goal="< 2", ok=seconds < 2)  # fmt: skip
         busy, rate = _live_latency(spools[0], 2, 8, drain=True)
         spools[0].close(Now(0), clean=False, ledger_totals={})
-        spool = _spool(directory, start=3, backlog_bytes_s=SpoolSettings().backlog_bytes_s)
+        spool = open_spool(directory, start=3, backlog_bytes_s=SpoolSettings().backlog_bytes_s)
         easy, _ = _live_latency(spool, 3, 8, drain=True)
         spool.close(Now(0), clean=False, ledger_totals={})
     with _directory() as directory:
-        spool = _spool(directory)
+        spool = open_spool(directory)
         quiet, _ = _live_latency(spool, 1, 8, drain=False)
         spool.close(Now(0), clean=False, ledger_totals={})
     for pace, live in (("as the link lets it", busy), ("at the default rate", easy)):
