@@ -1,8 +1,8 @@
 """Decodes whole batches of mixed frames at once with numpy, bit for bit as cantools does. Judges no value.
 
-For every (frame, signal) pair the table row and the byte address are laid out flat; one gather of unaligned
-64-bit words then yields all raw values. No grouping by id, no Python per frame, except for the messages that
-only cantools can say.
+The kernel goes frame by frame where there is one. numpy does the same so: for every (frame, signal) pair the
+table row and the byte address are laid out flat; one gather of unaligned 64-bit words then yields all raw
+values. No grouping by id, no Python per frame, except for the messages that only cantools can say.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tbox import kernel
 from tbox.decode.table import (
     KIND_F16,
     KIND_F32,
@@ -49,8 +50,8 @@ class Decoded(NamedTuple):
 
     plan: (n,) the plan each frame ended in (UNKNOWN_PLAN, MALFORMED_PLAN or one that says its message).
     short: (n,) the payload was shorter than the message. frame, row: (k,) indices into the batch and table.
-    raw: (k,) int64 raw values (a float's bits). value: (k,) float64. fallback: what cantools decoded instead;
-    its samples are not among the k.
+    raw: (k,) int64 raw values (a float's bits). value: (k,) float64. column: (k,) int64, the table's.
+    fallback: what cantools decoded instead; its samples are not among the k.
     """
 
     plan: IntArray
@@ -59,6 +60,7 @@ class Decoded(NamedTuple):
     row: IntArray
     raw: IntArray
     value: npt.NDArray[np.float64]
+    column: IntArray
     fallback: list[Fallback]
 
 
@@ -82,6 +84,8 @@ class Decoder:
         """Decode frames of one bus. frames: (n,) model.FRAME_DTYPE."""
         if not frames.flags.c_contiguous:
             frames = np.ascontiguousarray(frames)
+        if kernel.compiled is not None:
+            return self._decode_compiled(kernel.compiled, channel, frames)
         if len(frames) <= FEW_FRAMES:
             return self._decode_few(channel, frames)
         table = self.table
@@ -100,7 +104,31 @@ class Decoder:
         raw = self._raw(words, frame, row, needs)
         value = self._values(raw, row, needs)
         fallback = self._cantools(frames, plan, short) if needs & NEEDS_CANTOOLS else []
-        return Decoded(plan, short, frame, row, raw, value, fallback)
+        return Decoded(plan, short, frame, row, raw, value, table.column.take(row), fallback)
+
+    def _decode_compiled(self, work: kernel.Kernel, channel: int, frames: npt.NDArray[np.void]) -> Decoded:
+        table = self.table
+        block = frames.view(np.uint8)
+        plan, short = np.empty(len(frames), np.int64), np.empty(len(frames), np.bool_)
+        keys, roots = table.roots.get(channel, self._no_ids)
+        samples, needs = work.plans(
+            block, keys, roots, table.selector_row, table.selector_base, table.selector_size,
+            table.selector_plan, table.byte, table.shift, table.mask, table.big, table.need_bytes,
+            table.length, table.count, self._needs, plan, short,
+        )  # fmt: skip
+        frame, row, raw, column = np.empty((4, samples), np.int64)
+        value = np.empty(samples)
+        found = work.decode(
+            block, plan, table.start, table.count, table.byte, table.shift, table.mask, table.half, table.big,
+            table.need_bytes, table.scale, table.add, table.column, frame, row, raw, value, column,
+        )  # fmt: skip
+        if found < samples:  # short frames
+            frame, row, raw, column = (part[:found] for part in (frame, row, raw, column))
+            value = value[:found]
+        if needs & NEEDS_KIND:
+            value = self._values(raw, row, needs)
+        fallback = self._cantools(frames, plan, short) if needs & NEEDS_CANTOOLS else []
+        return Decoded(plan, short, frame, row, raw, value, column, fallback)
 
     def raw(self, frames: npt.NDArray[np.void], frame: IntArray, row: IntArray) -> IntArray:
         """Return raw values by (index into frames, table row)."""
@@ -197,11 +225,11 @@ class Decoder:
         if len(parts) == 1:
             index, row, raw, value = parts[0]
             frame = np.full(len(row), index) if index else self._zeros[: len(row)]
-            return Decoded(plan, short, frame, row, raw, value, fallback)
+            return Decoded(plan, short, frame, row, raw, value, self.table.column.take(row), fallback)
         frame = np.array([part[0] for part in parts], np.int64).repeat([len(part[1]) for part in parts])
         row, raw = _joined([part[1] for part in parts]), _joined([part[2] for part in parts])
         value = np.concatenate([part[3] for part in parts]) if parts else np.zeros(0)
-        return Decoded(plan, short, frame, row, raw, value, fallback)
+        return Decoded(plan, short, frame, row, raw, value, self.table.column.take(row), fallback)
 
     def _lean_of(self, plan: int) -> _Lean:
         lean = self._lean.get(plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tbox.decode.batch import Decoded, Decoder, where_
 from tbox.decode.database import Database, DecodeSettings, Definition
 from tbox.decode.roles import Binding, RoleMap
-from tbox.decode.table import MALFORMED_PLAN, NO_ID, IntArray, SignalTable, compile_table
+from tbox.decode.table import MALFORMED_PLAN, NO_ID, SignalTable, compile_table
 from tbox.decode.validity import Judge
 from tbox.ledger import Ledger
 from tbox.model import ROLE_UNITS, FrameBatch, Now, SampleBatch, Signal, Validity
@@ -69,11 +69,10 @@ class DecodeStage:
         self._frames.drop("unknown", unknown)
         self._frames.drop("malformed", malformed)
         self.short += int(np.count_nonzero(decoded.short))
-        column = self.table.column.take(decoded.row)
-        value, validity = self._judge.judge(batch, decoded, column)
-        samples = SampleBatch(batch.t_ns.take(decoded.frame), column, value, validity)
+        value, validity = self._judge.judge(batch, decoded)
+        samples = SampleBatch(batch.t_ns.take(decoded.frame), decoded.column, value, validity)
         if self._wanted is not None:
-            samples = _select(samples, self._wanted.take(column))
+            samples = _select(samples, self._wanted.take(decoded.column))
         self._count(samples.validity)
         return samples
 
@@ -95,8 +94,7 @@ class DecodeStage:
         decoded = self._decoder.decode(batch.channel, batch.frames[at])
         if decoded.fallback:
             return True
-        column = self.table.column.take(decoded.row)
-        return self._judge.passes(decoded, upper.take(column), lower.take(column))
+        return self._judge.passes(decoded, upper.take(decoded.column), lower.take(decoded.column))
 
     def _limited_ids(
         self, upper: npt.NDArray[np.float64], lower: npt.NDArray[np.float64]
@@ -154,19 +152,22 @@ class DecodeStage:
         column = table.column.take(rows_)
         values = np.array(value, np.float64) * self._factor.take(column) + self._offset.take(column)
         raw = self._decoder.raw(batch.frames, frames, rows_)
-        return _interleave(decoded, frames, rows_, raw, values)
+        return _interleave(decoded, Decoded(*decoded[:2], frames, rows_, raw, values, column, []))
 
 
-def _interleave(
-    decoded: Decoded, frame: IntArray, row: IntArray, raw: IntArray, value: npt.NDArray[np.float64]
-) -> Decoded:
-    frames = np.concatenate((decoded.frame, frame))
-    order = np.argsort(frames, kind="stable")
+def _interleave(decoded: Decoded, more: Decoded) -> Decoded:
+    """Return the samples of both in the order of their frames."""
+    order = np.argsort(np.concatenate((decoded.frame, more.frame)), kind="stable")
+
+    def both(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.concatenate((one, other))[order]
+
     return decoded._replace(
-        frame=frames[order],
-        row=np.concatenate((decoded.row, row))[order],
-        raw=np.concatenate((decoded.raw, raw))[order],
-        value=np.concatenate((decoded.value, value))[order],
+        frame=both(decoded.frame, more.frame),
+        row=both(decoded.row, more.row),
+        raw=both(decoded.raw, more.raw),
+        value=both(decoded.value, more.value),
+        column=both(decoded.column, more.column),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from tbox import kernel
 from tbox.decode.batch import Decoded, Decoder, where_
 from tbox.decode.database import DecodeSettings
 from tbox.decode.guard import NEVER_NS, FrameGuard
@@ -76,10 +77,8 @@ class Judge:
         out = (value >= upper) | (value <= lower)
         return bool(out.any()) and bool((out & (code == 0) & (self._limits.judge(decoded) == 0)).any())
 
-    def judge(
-        self, batch: FrameBatch, decoded: Decoded, column: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.float64], Codes]:
-        """Return the values, enum codes put in their place, and their validity. column: of each sample."""
+    def judge(self, batch: FrameBatch, decoded: Decoded) -> tuple[npt.NDArray[np.float64], Codes]:
+        """Return the values, enum codes put in their place, and their validity."""
         code = self._limits.judge(decoded)
         value = self._codes.apply(decoded, code)
         self._flags.judge(batch, decoded, code)
@@ -88,10 +87,13 @@ class Judge:
             of_sample = of_frame.take(decoded.frame)
             np.copyto(code, of_sample, where=of_sample != 0)
         if self._cycles is not None:
-            self._cycles.judge(batch, decoded, column, of_frame, code)
+            self._cycles.judge(batch, decoded, of_frame, code)
         if self._spikes is not None:
-            self._spikes.judge(batch, decoded, column, value, code)
+            self._spikes.judge(batch, decoded, value, code)
         return value, code
+
+
+_NOWHERE: IntArray = np.zeros(0, np.int64)
 
 
 class _LimitTable:
@@ -114,7 +116,7 @@ class _LimitTable:
     def judge(self, decoded: Decoded) -> Codes:
         row, raw = decoded.row, decoded.raw
         code = np.zeros(len(row), np.uint8)
-        outside = where_((raw - self._low.take(row)).view(np.uint64) > self._span.take(row))
+        outside = self._outside(row, raw)
         if len(outside):
             code[outside] = np.where(self._is_sna(row[outside], raw[outside]), Validity.SNA, Validity.RANGE)
         if self._any_inside:
@@ -127,6 +129,12 @@ class _LimitTable:
             wrong &= code[at] == 0
             code[at[wrong]] = np.where(np.isnan(value[wrong]), Validity.SNA, Validity.RANGE)
         return code
+
+    def _outside(self, row: IntArray, raw: IntArray) -> IntArray:
+        """Return where a raw value is no reading; mostly nowhere."""
+        if kernel.compiled is not None and kernel.compiled.inside(row, raw, self._low, self._span):
+            return _NOWHERE
+        return where_((raw - self._low.take(row)).view(np.uint64) > self._span.take(row))
 
     def _is_sna(self, row: IntArray, raw: IntArray) -> npt.NDArray[np.bool_]:
         found: npt.NDArray[np.bool_] = (self._sna[row] == raw[:, None]).any(axis=1)
@@ -257,7 +265,6 @@ class _MuxCycles:
         self,
         batch: FrameBatch,
         decoded: Decoded,
-        column: npt.NDArray[np.int64],
         of_frame: Codes | None,
         code: Codes,
     ) -> None:
@@ -269,7 +276,7 @@ class _MuxCycles:
             frames = where_(message == definition)
             self._follow(definition, frames, batch, decoded, of_frame, early)
         if early.any():
-            bound = self._role.take(column)
+            bound = self._role.take(decoded.column)
             code[early.take(decoded.frame) & bound & (code == 0)] = Validity.MUX
 
     def _follow(
@@ -325,20 +332,27 @@ class _Spikes:
         self,
         batch: FrameBatch,
         decoded: Decoded,
-        column: npt.NDArray[np.int64],
         value: npt.NDArray[np.float64],
         code: Codes,
     ) -> None:
-        calm = self._calm(column, value)
-        if not self._refused and not code.any() and calm.all():
-            self._believed[column] = value
-        else:
+        column = decoded.column
+        if self._refused or code.any() or not self._settle(column, value):
+            calm = self._calm(column, value)
             watched = self._watched.take(column)
             watched &= (code == 0) | (code == Validity.MUX)
             at = where_(watched)
             if len(at):
                 self._judge(batch, decoded, at, column[at], value[at], calm[at], code)
         self._plan_ns[decoded.plan] = batch.t_ns
+
+    def _settle(self, column: npt.NDArray[np.int64], value: npt.NDArray[np.float64]) -> bool:
+        """Believe all values, provided that all are calm; return whether they are."""
+        if kernel.compiled is not None:
+            return kernel.compiled.calm(column, value, self._believed, self._half_step)
+        if not self._calm(column, value).all():
+            return False
+        self._believed[column] = value
+        return True
 
     def _calm(self, column: npt.NDArray[np.int64], value: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """Return which are within half a step of the believed value: within a step of each other, that is.

@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tbox import kernel
 from tbox.edge.mode import Context, Mode
 from tbox.ledger import StageLedger
 from tbox.model import (
@@ -204,10 +205,18 @@ class Sampler:
         if not self._waiting:
             return []
         batches, self._waiting, self._waiting_samples = self._waiting, [], 0
+        if kernel.compiled is not None:
+            work = kernel.compiled
+            return [draft for samples in batches for draft in self._fold_compiled(work, now, samples)]
         t_ns, column, value, validity = (
             np.concatenate(arrays) if len(batches) > 1 else arrays[0]
             for arrays in zip(*((b.t_ns, b.column, b.value, b.validity) for b in batches), strict=True)
         )
+        return self._fold_closely(now, t_ns, column, value, validity)
+
+    def _fold_closely(
+        self, now: Now, t_ns: I64, column: I64, value: F64, validity: npt.NDArray[np.uint8]
+    ) -> list[Draft]:
         if np.count_nonzero(validity):
             ok = self._refuse(validity == Validity.VALID, "invalid")
             t_ns, column, value = t_ns[ok], column[ok], value[ok]
@@ -215,6 +224,19 @@ class Sampler:
             ok = self._refuse(self._scales.holds(column, value), "unrepresentable")
             t_ns, column, value = t_ns[ok], column[ok], value[ok]
         return self._by_period(now, t_ns, column, value) if len(t_ns) else []
+
+    def _fold_compiled(self, work: kernel.Kernel, now: Now, samples: SampleBatch) -> list[Draft]:
+        """Fold a batch in one go where all of it is usual: valid, representable, of the open period."""
+        assert self._open is not None
+        windows, places = self._windows, np.empty(len(samples), np.int64)
+        begin_ns = self._open * windows.record_ns
+        end_ns = min(begin_ns + windows.record_ns, now.mono_ns + 1)
+        reach = self._scales.reach_of_all
+        states = windows.fold_usual(work, samples, places, reach, begin_ns, end_ns)
+        if states < 0:
+            return self._fold_closely(now, samples.t_ns, samples.column, samples.value, samples.validity)
+        at = places[:states]
+        return self._fold_states(samples.t_ns[at], samples.column[at], samples.value[at])
 
     def _refuse(self, ok: Bools, cause: str) -> Bools:
         refused = len(ok) - int(np.count_nonzero(ok))
@@ -246,11 +268,13 @@ class Sampler:
     def _fold(self, t_ns: I64, column: npt.NDArray[np.int64], value: F64) -> list[Draft]:
         self._windows.fold(t_ns, column, value)
         state = np.flatnonzero(self._is_state.take(column))
-        if not len(state):
+        return self._fold_states(t_ns[state], column[state], value[state])
+
+    def _fold_states(self, t_ns: I64, column: I64, value: F64) -> list[Draft]:
+        if not len(t_ns):
             return []
-        t_ns, column, value = t_ns[state], column[state], value[state]
         rows = self._states.changed(column, value)
-        repeats = len(state) - len(rows)
+        repeats = len(t_ns) - len(rows)
         self._account.held -= repeats
         self._account.folded += repeats
         return self._keep_states(t_ns[rows], column[rows], value[rows])
@@ -423,6 +447,7 @@ class _Windows:
         size += 1
         self._row = (0, 0)
         self._row_cells = self._base  # cell of each column in the rows of `_row`
+        self._row_room = np.empty(catalog_size, dtype=np.int64)  # the kernel's own `_row_cells`
         self._count = np.zeros(size, dtype=np.int64)
         self._low, self._high = np.full(size, np.inf), np.full(size, -np.inf)
         self._total, self._last = np.zeros(size), np.zeros(size)
@@ -442,6 +467,18 @@ class _Windows:
         np.minimum.at(self._low, cell, value)
         np.maximum.at(self._high, cell, value)
         self._last[cell] = value
+
+    def fold_usual(
+        self, work: kernel.Kernel, samples: SampleBatch, places: I64, reach: float, begin_ns: int, end_ns: int
+    ) -> int:
+        """Do the same with the kernel; return how many states there are and leave in `places` where. -1, and
+        nothing is folded, if a sample is not valid, beyond reach, or not within begin_ns <= t_ns < end_ns."""
+        (_, fine_ns, _), (_, other_ns, _) = self._groups
+        return work.fold(
+            samples.t_ns, samples.column, samples.value, samples.validity, self._base, self._stride,
+            self._is_other, self._row_room, self._count, self._low, self._high, self._total, self._last,
+            places, reach, begin_ns, end_ns, self._fine_start_ns, self.other_start_ns, fine_ns, other_ns,
+        )  # fmt: skip
 
     def _cells(self, t_ns: I64, column: npt.NDArray[np.int64]) -> I64:
         """Return where each sample goes; mostly all lie in the same window of their group."""
@@ -542,11 +579,11 @@ class _Scales:
                 self.offset[i] = signal.offset if math.isfinite(signal.offset) else 0.0
         self._finer = np.minimum(self._fallback, np.abs(self.scale))
         self._reach = np.abs(self.scale) * RAW_MAX
-        self._reach_of_all = float(np.min(self._reach - np.abs(self.offset), initial=np.inf))
+        self.reach_of_all = float(np.min(self._reach - np.abs(self.offset), initial=np.inf))
 
     def holds_all(self, value: F64) -> bool:
         """Return whether all values have a raw integer in any column: the usual case, at one comparison."""
-        return bool(np.count_nonzero(np.abs(value) <= self._reach_of_all) == len(value))
+        return bool(np.count_nonzero(np.abs(value) <= self.reach_of_all) == len(value))
 
     def holds(self, column: npt.NDArray[np.int64], value: F64) -> Bools:
         """Return which values have a raw integer; NaN has none."""
