@@ -163,80 +163,117 @@ done:
     return result;
 }
 
-/* decode(frames, plan, start, count, byte, shift, mask, half, big, need_bytes, scale, add, column,
- *        frame out, row out, raw out, value out, column out) -> samples
+typedef struct {
+    const int64_t *start, *count, *byte;
+    const uint64_t *shift, *mask, *half;
+    const uint8_t *big, *need_bytes;
+    int64_t plans, rows;
+} Table;
+
+/* The arguments of a table, from number i on: start, count, byte, shift, mask, half, big, need_bytes. */
+static bool open_table(Table *table, const Arguments *args, int i)
+{
+    Arguments a = *args;
+    *table = (Table){
+        ARRAY(int64_t, i),      ARRAY(int64_t, i + 1),  ARRAY(int64_t, i + 2), ARRAY(uint64_t, i + 3),
+        ARRAY(uint64_t, i + 4), ARRAY(uint64_t, i + 5), ARRAY(uint8_t, i + 6), ARRAY(uint8_t, i + 7),
+        ITEMS(int64_t, i),      ITEMS(int64_t, i + 2),
+    };
+    return holds(args, i + 1, table->plans, 8) && holds(args, i + 3, table->rows, 8) &&
+           holds(args, i + 4, table->rows, 8) && holds(args, i + 5, table->rows, 8) &&
+           holds(args, i + 6, table->rows, 1) && holds(args, i + 7, table->rows, 1);
+}
+
+/* Set the rows of a plan; false, with the error set, where it leads out of the table or there is no room. */
+static bool rows_of(const Table *table, int64_t plan, int64_t room, int64_t *first, int64_t *end)
+{
+    if (!inside_of("plan", in(plan, table->plans))) return false;
+    int64_t size = table->count[plan];
+    *first = table->start[plan];
+    *end = *first + size;
+    return !size || inside_of("plan", in(*first, table->rows) && in(size - 1, table->rows - *first) && size <= room);
+}
+
+static inline int64_t raw_of(const Table *table, const uint8_t *frame, int64_t row)
+{
+    uint64_t word = word_at(frame + table->byte[row], table->big[row]) >> table->shift[row] & table->mask[row];
+    return (int64_t)((word ^ table->half[row]) - table->half[row]);
+}
+
+/* decode(frames, t_ns, plan, start, count, byte, shift, mask, half, big, need_bytes, scale, add, column, low, span,
+ *        value out, column out, t_ns out) -> (samples, whether low <= raw <= low + span for all)
  * The samples of every frame, in the order of the plan's rows; rows beyond the payload's end are left out.
  * value = raw * scale + add, with raw an int64 whatever the row's kind. */
-static const char DECODE[] = "rrrrrrrrrrrrrwwwww";
+static const char DECODE[] = "rrrrrrrrrrrrrrrrwww";
 static PyObject *decode(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Arguments a;
+    Table table;
     (void)self;
     if (!open_arguments(&a, DECODE, args, given)) return NULL;
-    const uint8_t *data = ARRAY(uint8_t, 0);
-    const int64_t *plan = ARRAY(int64_t, 1), *start = ARRAY(int64_t, 2), *count = ARRAY(int64_t, 3);
-    const int64_t *byte = ARRAY(int64_t, 4);
-    const uint64_t *shift = ARRAY(uint64_t, 5), *mask = ARRAY(uint64_t, 6), *half = ARRAY(uint64_t, 7);
-    const uint8_t *big = ARRAY(uint8_t, 8), *need_bytes = ARRAY(uint8_t, 9);
-    const double *scale = ARRAY(double, 10), *add = ARRAY(double, 11);
-    const int64_t *column = ARRAY(int64_t, 12);
-    int64_t *frame_out = ARRAY(int64_t, 13), *row_out = ARRAY(int64_t, 14), *raw_out = ARRAY(int64_t, 15);
+    const uint8_t *frame = ARRAY(uint8_t, 0);
+    const int64_t *t_ns = ARRAY(int64_t, 1), *plan = ARRAY(int64_t, 2);
+    const double *scale = ARRAY(double, 11), *add = ARRAY(double, 12);
+    const int64_t *column = ARRAY(int64_t, 13), *low = ARRAY(int64_t, 14);
+    const uint64_t *span = ARRAY(uint64_t, 15);
     double *value_out = ARRAY(double, 16);
-    int64_t *column_out = ARRAY(int64_t, 17);
-    int64_t frames = a.view[0].len / FRAME_BYTES, plans = ITEMS(int64_t, 2), rows = ITEMS(int64_t, 4);
-    int64_t room = ITEMS(int64_t, 13), k = 0;
+    int64_t *column_out = ARRAY(int64_t, 17), *t_out = ARRAY(int64_t, 18);
+    int64_t frames = a.view[0].len / FRAME_BYTES, room = ITEMS(double, 16), k = 0, first, end;
+    bool outside = false;
     PyObject *result = NULL;
-    if (!holds(&a, 1, frames, 8) || !holds(&a, 3, plans, 8) || !holds(&a, 8, rows, 1) || !holds(&a, 9, rows, 1))
+    if (!open_table(&table, &a, 3) || !holds(&a, 1, frames, 8) || !holds(&a, 2, frames, 8) ||
+        !holds(&a, 17, room, 8) || !holds(&a, 18, room, 8))
         goto done;
-    for (int i = 5; i < 8; i++)
-        if (!holds(&a, i, rows, 8) || !holds(&a, i + 5, rows, 8)) goto done;
-    for (int out = 14; out < 18; out++)
-        if (!holds(&a, out, room, 8)) goto done;
-    for (int64_t i = 0; i < frames; i++, data += FRAME_BYTES) {
-        if (!inside_of("plan", in(plan[i], plans))) goto done;
-        int64_t first = start[plan[i]], size = count[plan[i]], end = first + size;
-        uint8_t length = data[LENGTH_AT];
-        if (!size) continue;
-        if (!inside_of("plan", in(first, rows) && in(size - 1, rows - first) && size <= room - k)) goto done;
+    for (int i = 11; i < 16; i++)
+        if (!holds(&a, i, table.rows, 8)) goto done;
+    for (int64_t i = 0; i < frames; i++, frame += FRAME_BYTES) {
+        if (!rows_of(&table, plan[i], room - k, &first, &end)) goto done;
         for (int64_t row = first; row < end; row++) {
-            if (need_bytes[row] > length) continue;
-            if (!inside_of("row", in(byte[row], LAST_WORD_AT + 1))) goto done;
-            uint64_t word = (word_at(data + byte[row], big[row]) >> shift[row]) & mask[row];
-            int64_t raw = (int64_t)((word ^ half[row]) - half[row]);
+            if (table.need_bytes[row] > frame[LENGTH_AT]) continue;
+            if (!inside_of("row", in(table.byte[row], LAST_WORD_AT + 1))) goto done;
+            int64_t raw = raw_of(&table, frame, row);
+            outside |= (uint64_t)raw - (uint64_t)low[row] > span[row];
             double value = (double)raw * scale[row];
-            frame_out[k] = i;
-            row_out[k] = row;
-            raw_out[k] = raw;
             value_out[k] = value + add[row];
-            column_out[k++] = column[row];
+            column_out[k] = column[row];
+            t_out[k++] = t_ns[i];
         }
     }
-    result = PyLong_FromLongLong(k);
+    result = Py_BuildValue("(LO)", (long long)k, outside ? Py_False : Py_True);
 done:
     close_arguments(&a, DECODE);
     return result;
 }
 
-/* inside(row, raw, low, span) -> whether low <= raw <= low + span for all */
-static const char INSIDE[] = "rrrr";
-static PyObject *inside(PyObject *self, PyObject *const *args, Py_ssize_t given)
+/* details(frames, plan, start, count, byte, shift, mask, half, big, need_bytes, frame out, row out, raw out)
+ * -> samples: where each sample of decode came from, and its raw value */
+static const char DETAILS[] = "rrrrrrrrrrwww";
+static PyObject *details(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Arguments a;
+    Table table;
     (void)self;
-    if (!open_arguments(&a, INSIDE, args, given)) return NULL;
-    const int64_t *row = ARRAY(int64_t, 0), *raw = ARRAY(int64_t, 1), *low = ARRAY(int64_t, 2);
-    const uint64_t *span = ARRAY(uint64_t, 3);
-    int64_t k = ITEMS(int64_t, 0), rows = ITEMS(int64_t, 2);
+    if (!open_arguments(&a, DETAILS, args, given)) return NULL;
+    const uint8_t *frame = ARRAY(uint8_t, 0);
+    const int64_t *plan = ARRAY(int64_t, 1);
+    int64_t *frame_out = ARRAY(int64_t, 10), *row_out = ARRAY(int64_t, 11), *raw_out = ARRAY(int64_t, 12);
+    int64_t frames = a.view[0].len / FRAME_BYTES, room = ITEMS(int64_t, 10), k = 0, first, end;
     PyObject *result = NULL;
-    if (!holds(&a, 1, k, 8) || !holds(&a, 3, rows, 8)) goto done;
-    uint64_t outside = 0;
-    for (int64_t i = 0; i < k; i++) {
-        if (!inside_of("row", in(row[i], rows))) goto done;
-        outside |= (uint64_t)raw[i] - (uint64_t)low[row[i]] > span[row[i]];
+    if (!open_table(&table, &a, 2) || !holds(&a, 1, frames, 8) || !holds(&a, 11, room, 8) || !holds(&a, 12, room, 8))
+        goto done;
+    for (int64_t i = 0; i < frames; i++, frame += FRAME_BYTES) {
+        if (!rows_of(&table, plan[i], room - k, &first, &end)) goto done;
+        for (int64_t row = first; row < end; row++) {
+            if (table.need_bytes[row] > frame[LENGTH_AT]) continue;
+            if (!inside_of("row", in(table.byte[row], LAST_WORD_AT + 1))) goto done;
+            frame_out[k] = i;
+            row_out[k] = row;
+            raw_out[k++] = raw_of(&table, frame, row);
+        }
     }
-    result = PyBool_FromLong(!outside);
+    result = PyLong_FromLongLong(k);
 done:
-    close_arguments(&a, INSIDE);
+    close_arguments(&a, DETAILS);
     return result;
 }
 
@@ -515,7 +552,7 @@ done:
 
 #define FUNCTION(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
 static PyMethodDef functions[] = {
-    FUNCTION(plans), FUNCTION(decode), FUNCTION(inside), FUNCTION(calm), FUNCTION(guard),
+    FUNCTION(plans), FUNCTION(decode), FUNCTION(details), FUNCTION(calm), FUNCTION(guard),
     FUNCTION(settle), FUNCTION(fold), {NULL, NULL, 0, NULL},
 };
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tbox._kernel", NULL, 0, functions, NULL, NULL, NULL, NULL};

@@ -34,12 +34,15 @@ class Kernel(Protocol):
     ) -> tuple[int, int]: ...  # fmt: skip
 
     def decode(
-        self, frames: Bytes, plan: Ints, start: Ints, count: Ints, byte: Ints, shift: Words, mask: Words,
-        half: Words, big: Flags, need_bytes: Bytes, scale: Floats, add: Floats, column: Ints, frame_out: Ints,
-        row_out: Ints, raw_out: Ints, value_out: Floats, column_out: Ints, /,
-    ) -> int: ...  # fmt: skip
+        self, frames: Bytes, t_ns: Ints, plan: Ints, start: Ints, count: Ints, byte: Ints, shift: Words,
+        mask: Words, half: Words, big: Flags, need_bytes: Bytes, scale: Floats, add: Floats, column: Ints,
+        low: Ints, span: Words, value_out: Floats, column_out: Ints, t_out: Ints, /,
+    ) -> tuple[int, bool]: ...  # fmt: skip
 
-    def inside(self, row: Ints, raw: Ints, low: Ints, span: Words, /) -> bool: ...
+    def details(
+        self, frames: Bytes, plan: Ints, start: Ints, count: Ints, byte: Ints, shift: Words, mask: Words,
+        half: Words, big: Flags, need_bytes: Bytes, frame_out: Ints, row_out: Ints, raw_out: Ints, /,
+    ) -> int: ...  # fmt: skip
 
     def calm(self, column: Ints, value: Floats, believed: Floats, half_step: Floats, /) -> bool: ...
 

@@ -14,7 +14,7 @@ from tbox.model import BusState, CanSend, FrameBatch
 # After the first frame a reader gathers this long, so that a batch pays for the work done once per batch.
 GATHER_MS_MAX = 10
 GATHER_MS_HURRIED = 3  # while an isolation request may hang on the next frame
-GATHER_MS_CALM = 90  # while nothing presses: just within the 100 ms at which the edge wants its steps
+GATHER_MS_CALM = 125  # while nothing presses: just within the time in which the edge wants its steps
 # Gathering may fill a quarter of the kernel's buffer at the highest rate of a CAN-FD bus.
 LINE_RATE_HZ = 23_800  # 8-byte frames at 1M/8M (FACTS)
 BUFFER_SHARE = 1 / 4

@@ -7,7 +7,8 @@ values. No grouping by id, no Python per frame, except for the messages that onl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,30 +46,66 @@ class Fallback(NamedTuple):
     error: str = ""
 
 
-class Decoded(NamedTuple):
+class Details(NamedTuple):
+    """Where each of k samples came from.
+
+    frame, row: (k,) indices into the batch and table. raw: (k,) int64 raw values (a float's bits).
+    """
+
+    frame: IntArray
+    row: IntArray
+    raw: IntArray
+
+
+@dataclass(slots=True)
+class Decoded:
     """What a batch of n frames holds: k samples in frame order, in cantools' order within a frame.
 
     plan: (n,) the plan each frame ended in (UNKNOWN_PLAN, MALFORMED_PLAN or one that says its message).
-    short: (n,) the payload was shorter than the message. frame, row: (k,) indices into the batch and table.
-    raw: (k,) int64 raw values (a float's bits). value: (k,) float64. column: (k,) int64, the table's.
-    fallback: what cantools decoded instead; its samples are not among the k.
+    short: (n,) the payload was shorter than the message.
+    value: (k,) float64. column: (k,) int64, of the table. t_ns: (k,) the time of each sample's frame.
+    inside: every raw value is known to be in its row's span. look: returns the details, which hardly anybody
+    asks for. fallback: what cantools decoded instead; its samples are not among the k.
     """
 
     plan: IntArray
     short: npt.NDArray[np.bool_]
-    frame: IntArray
-    row: IntArray
-    raw: IntArray
     value: npt.NDArray[np.float64]
     column: IntArray
-    fallback: list[Fallback]
+    t_ns: IntArray
+    look: Callable[[], Details]
+    inside: bool = False
+    fallback: list[Fallback] = field(default_factory=list)
+    _details: Details | None = None
+
+    def _seen(self) -> Details:
+        if self._details is None:
+            self._details = self.look()
+        return self._details
+
+    @property
+    def frame(self) -> IntArray:
+        return self._seen().frame
+
+    @property
+    def row(self) -> IntArray:
+        return self._seen().row
+
+    @property
+    def raw(self) -> IntArray:
+        return self._seen().raw
 
 
 class Decoder:
-    """A table at work. `decode` never raises for what a frame holds."""
+    """A table at work. `decode` never raises for what a frame holds.
+
+    low, span: of each row, what raw values `Decoded.inside` is about; all there are until somebody sets them.
+    """
 
     def __init__(self, table: SignalTable) -> None:
         self.table = table
+        self.low = np.full(len(table.byte), np.iinfo(np.int64).min)
+        self.span = np.full(len(table.byte), np.iinfo(np.uint64).max)
         self._needs = _needs(table)
         self._selects = table.selector_row >= 0
         self._any_big_selector = bool(table.big[table.selector_row[self._selects]].any())
@@ -80,14 +117,16 @@ class Decoder:
         self._lean: dict[int, _Lean] = {}
         self._zeros = np.zeros(int(table.count.max(initial=0)), np.int64)  # read only
 
-    def decode(self, channel: int, frames: npt.NDArray[np.void]) -> Decoded:
-        """Decode frames of one bus. frames: (n,) model.FRAME_DTYPE."""
+    def decode(self, channel: int, frames: npt.NDArray[np.void], t_ns: IntArray | None = None) -> Decoded:
+        """Decode frames of one bus. frames: (n,) model.FRAME_DTYPE. t_ns: (n,) their times, else 0."""
         if not frames.flags.c_contiguous:
             frames = np.ascontiguousarray(frames)
+        if t_ns is None:
+            t_ns = np.zeros(len(frames), np.int64)
         if kernel.compiled is not None:
-            return self._decode_compiled(kernel.compiled, channel, frames)
+            return self._decode_compiled(kernel.compiled, channel, frames, t_ns)
         if len(frames) <= FEW_FRAMES:
-            return self._decode_few(channel, frames)
+            return self._decode_few(channel, frames, t_ns)
         table = self.table
         words = words_of(frames)
         lengths = frames["len"]
@@ -103,10 +142,19 @@ class Decoder:
             frame, row = frame[whole], row[whole]
         raw = self._raw(words, frame, row, needs)
         value = self._values(raw, row, needs)
-        fallback = self._cantools(frames, plan, short) if needs & NEEDS_CANTOOLS else []
-        return Decoded(plan, short, frame, row, raw, value, table.column.take(row), fallback)
+        return self._decoded(frames, t_ns, plan, short, needs, Details(frame, row, raw), value)
 
-    def _decode_compiled(self, work: kernel.Kernel, channel: int, frames: npt.NDArray[np.void]) -> Decoded:
+    def _decoded(
+        self, frames: npt.NDArray[np.void], t_ns: IntArray, plan: IntArray, short: npt.NDArray[np.bool_],
+        needs: int, details: Details, value: npt.NDArray[np.float64],
+    ) -> Decoded:  # fmt: skip
+        fallback = self._cantools(frames, plan, short) if needs & NEEDS_CANTOOLS else []
+        column, times = self.table.column.take(details.row), t_ns.take(details.frame)
+        return Decoded(plan, short, value, column, times, lambda: details, fallback=fallback)
+
+    def _decode_compiled(
+        self, work: kernel.Kernel, channel: int, frames: npt.NDArray[np.void], t_ns: IntArray
+    ) -> Decoded:
         table = self.table
         block = frames.view(np.uint8)
         plan, short = np.empty(len(frames), np.int64), np.empty(len(frames), np.bool_)
@@ -116,19 +164,30 @@ class Decoder:
             table.selector_plan, table.byte, table.shift, table.mask, table.big, table.need_bytes,
             table.length, table.count, self._needs, plan, short,
         )  # fmt: skip
-        frame, row, raw, column = np.empty((4, samples), np.int64)
-        value = np.empty(samples)
-        found = work.decode(
-            block, plan, table.start, table.count, table.byte, table.shift, table.mask, table.half, table.big,
-            table.need_bytes, table.scale, table.add, table.column, frame, row, raw, value, column,
+        value, column, times = np.empty(samples), np.empty(samples, np.int64), np.empty(samples, np.int64)
+        found, inside = work.decode(
+            block, t_ns, plan, table.start, table.count, table.byte, table.shift, table.mask, table.half,
+            table.big, table.need_bytes, table.scale, table.add, table.column, self.low, self.span,
+            value, column, times,
         )  # fmt: skip
         if found < samples:  # short frames
-            frame, row, raw, column = (part[:found] for part in (frame, row, raw, column))
-            value = value[:found]
+            value, column, times = value[:found], column[:found], times[:found]
+        rest = plan.copy() if needs & NEEDS_CANTOOLS else plan  # cantools may find a frame malformed yet
+
+        def look() -> Details:
+            frame, row, raw = np.empty((3, samples), np.int64)
+            work.details(
+                block, rest, table.start, table.count, table.byte, table.shift, table.mask, table.half,
+                table.big, table.need_bytes, frame, row, raw,
+            )  # fmt: skip
+            return Details(frame[:found], row[:found], raw[:found])
+
+        decoded = Decoded(plan, short, value, column, times, look, inside)
         if needs & NEEDS_KIND:
-            value = self._values(raw, row, needs)
-        fallback = self._cantools(frames, plan, short) if needs & NEEDS_CANTOOLS else []
-        return Decoded(plan, short, frame, row, raw, value, column, fallback)
+            decoded.value = self._values(decoded.raw, decoded.row, needs)
+        if needs & NEEDS_CANTOOLS:
+            decoded.fallback = self._cantools(frames, plan, short)
+        return decoded
 
     def raw(self, frames: npt.NDArray[np.void], frame: IntArray, row: IntArray) -> IntArray:
         """Return raw values by (index into frames, table row)."""
@@ -202,7 +261,7 @@ class Decoder:
 
     # --- few frames: no flat layout, the rows of a plan lie side by side already ------------------------
 
-    def _decode_few(self, channel: int, frames: npt.NDArray[np.void]) -> Decoded:
+    def _decode_few(self, channel: int, frames: npt.NDArray[np.void], t_ns: IntArray) -> Decoded:
         words = words_of(frames)
         lengths = frames["len"].tolist()
         roots = self._root_of.get(channel, {})
@@ -221,15 +280,14 @@ class Decoder:
                 parts.append(self._decode_lean(words, index, lengths[index], lean))
         plan = np.array(plans, np.int64)
         short = np.array(shorts, np.bool_)
-        fallback = self._cantools(frames, plan, short) if needs & NEEDS_CANTOOLS else []
         if len(parts) == 1:
             index, row, raw, value = parts[0]
             frame = np.full(len(row), index) if index else self._zeros[: len(row)]
-            return Decoded(plan, short, frame, row, raw, value, self.table.column.take(row), fallback)
+            return self._decoded(frames, t_ns, plan, short, needs, Details(frame, row, raw), value)
         frame = np.array([part[0] for part in parts], np.int64).repeat([len(part[1]) for part in parts])
         row, raw = _joined([part[1] for part in parts]), _joined([part[2] for part in parts])
         value = np.concatenate([part[3] for part in parts]) if parts else np.zeros(0)
-        return Decoded(plan, short, frame, row, raw, value, self.table.column.take(row), fallback)
+        return self._decoded(frames, t_ns, plan, short, needs, Details(frame, row, raw), value)
 
     def _lean_of(self, plan: int) -> _Lean:
         lean = self._lean.get(plan)

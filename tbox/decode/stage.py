@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tbox.decode.batch import Decoded, Decoder, where_
+from tbox.decode.batch import Decoded, Decoder, Details, where_
 from tbox.decode.database import Database, DecodeSettings, Definition
 from tbox.decode.roles import Binding, RoleMap
-from tbox.decode.table import MALFORMED_PLAN, NO_ID, SignalTable, compile_table
+from tbox.decode.table import MALFORMED_PLAN, NO_ID, IntArray, SignalTable, compile_table
 from tbox.decode.validity import Judge
 from tbox.ledger import Ledger
 from tbox.model import ROLE_UNITS, FrameBatch, Now, SampleBatch, Signal, Validity
@@ -59,7 +59,7 @@ class DecodeStage:
     def step(self, now: Now, batch: FrameBatch) -> SampleBatch:
         """Decode and judge one batch. Never raises for what the frames hold."""
         n = len(batch)
-        decoded = self._decoder.decode(batch.channel, batch.frames)
+        decoded = self._decoder.decode(batch.channel, batch.frames, batch.t_ns)
         if decoded.fallback:
             decoded = self._merge(batch, decoded)
         unknown = n - int(np.count_nonzero(decoded.plan))
@@ -70,7 +70,7 @@ class DecodeStage:
         self._frames.drop("malformed", malformed)
         self.short += int(np.count_nonzero(decoded.short))
         value, validity = self._judge.judge(batch, decoded)
-        samples = SampleBatch(batch.t_ns.take(decoded.frame), decoded.column, value, validity)
+        samples = SampleBatch(decoded.t_ns, decoded.column, value, validity)
         if self._wanted is not None:
             samples = _select(samples, self._wanted.take(decoded.column))
         self._count(samples.validity)
@@ -152,23 +152,25 @@ class DecodeStage:
         column = table.column.take(rows_)
         values = np.array(value, np.float64) * self._factor.take(column) + self._offset.take(column)
         raw = self._decoder.raw(batch.frames, frames, rows_)
-        return _interleave(decoded, Decoded(*decoded[:2], frames, rows_, raw, values, column, []))
+        return _interleave(batch, decoded, Details(frames, rows_, raw), values, column)
 
 
-def _interleave(decoded: Decoded, more: Decoded) -> Decoded:
-    """Return the samples of both in the order of their frames."""
+def _interleave(
+    batch: FrameBatch, decoded: Decoded, more: Details, value: npt.NDArray[np.float64], column: IntArray
+) -> Decoded:
+    """Return what was decoded with more samples, in the order of their frames."""
     order = np.argsort(np.concatenate((decoded.frame, more.frame)), kind="stable")
 
     def both(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.concatenate((one, other))[order]
 
-    return decoded._replace(
-        frame=both(decoded.frame, more.frame),
-        row=both(decoded.row, more.row),
-        raw=both(decoded.raw, more.raw),
-        value=both(decoded.value, more.value),
-        column=both(decoded.column, more.column),
+    details = Details(
+        both(decoded.frame, more.frame), both(decoded.row, more.row), both(decoded.raw, more.raw)
     )
+    return Decoded(
+        decoded.plan, decoded.short, both(decoded.value, value), both(decoded.column, column),
+        batch.t_ns.take(details.frame), lambda: details, fallback=decoded.fallback,
+    )  # fmt: skip
 
 
 def _select(samples: SampleBatch, wanted: npt.NDArray[np.bool_]) -> SampleBatch:

@@ -60,6 +60,7 @@ class Judge:
         table = decoder.table
         self.guard = FrameGuard(decoder, roles, settings.counter_gap_ms)
         self._limits = _LimitTable(table, bindings)
+        decoder.low, decoder.span = self._limits.low, self._limits.span
         self._flags = _FlagTable(decoder, bindings)
         self._codes = _CodeTable(table, bindings)
         self._cycles = _MuxCycles(table, catalog, settings) if settings.mux_cycle else None
@@ -72,7 +73,7 @@ class Judge:
 
         Takes no state. SNA and what is out of range are no readings.
         """
-        code = np.zeros(len(decoded.row), np.uint8)
+        code = np.zeros(len(decoded.value), np.uint8)
         value = self._codes.apply(decoded, code)
         out = (value >= upper) | (value <= lower)
         return bool(out.any()) and bool((out & (code == 0) & (self._limits.judge(decoded) == 0)).any())
@@ -93,18 +94,18 @@ class Judge:
         return value, code
 
 
-_NOWHERE: IntArray = np.zeros(0, np.int64)
-
-
 class _LimitTable:
-    """SNA and range, by row: one comparison for most samples, a closer look at the few that fail it."""
+    """SNA and range, by row: one comparison for most samples, a closer look at the few that fail it.
+
+    low, span: of each row, low <= raw <= low + span is a reading; any raw value of a row judged by value.
+    """
 
     def __init__(self, table: SignalTable, bindings: Sequence[Binding]) -> None:
         columns = [limits_of(signal, bindings[n]) for n, (_, signal) in enumerate(table.columns)]
         rows = [columns[column] for column in table.column.tolist()]
         exact = [_by_raw(table, n) for n in range(len(rows))]
         self._sna = _padded([limits.sna for limits in rows])
-        self._low, self._span = _spans(rows, exact)
+        self.low, self.span = _spans(rows, exact)
         self._low_value = np.array([limits.value_low for limits in rows])
         self._high_value = np.array([limits.value_high for limits in rows])
         # Rows with an SNA value among their readings; rows judged by value (floats, what cantools decoded).
@@ -114,9 +115,11 @@ class _LimitTable:
         self._any_inside = bool(self._inside.any())
 
     def judge(self, decoded: Decoded) -> Codes:
+        code = np.zeros(len(decoded.value), np.uint8)
+        if decoded.inside and not self._any_inside and not self._any_by_value:
+            return code
         row, raw = decoded.row, decoded.raw
-        code = np.zeros(len(row), np.uint8)
-        outside = self._outside(row, raw)
+        outside = where_((raw - self.low.take(row)).view(np.uint64) > self.span.take(row))
         if len(outside):
             code[outside] = np.where(self._is_sna(row[outside], raw[outside]), Validity.SNA, Validity.RANGE)
         if self._any_inside:
@@ -129,12 +132,6 @@ class _LimitTable:
             wrong &= code[at] == 0
             code[at[wrong]] = np.where(np.isnan(value[wrong]), Validity.SNA, Validity.RANGE)
         return code
-
-    def _outside(self, row: IntArray, raw: IntArray) -> IntArray:
-        """Return where a raw value is no reading; mostly nowhere."""
-        if kernel.compiled is not None and kernel.compiled.inside(row, raw, self._low, self._span):
-            return _NOWHERE
-        return where_((raw - self._low.take(row)).view(np.uint64) > self._span.take(row))
 
     def _is_sna(self, row: IntArray, raw: IntArray) -> npt.NDArray[np.bool_]:
         found: npt.NDArray[np.bool_] = (self._sna[row] == raw[:, None]).any(axis=1)

@@ -56,6 +56,7 @@ STATE_ROLES = frozenset(role for role, unit in ROLE_UNITS.items() if not unit)
 LAST_ONLY_ROLES = frozenset({"latitude", "longitude", "odometer"})  # a mean of these tells nobody anything
 
 LATE_NS = 50 * NS_PER_MS  # a record waits so long for samples of its last window
+FAR_NS = 1 << 62
 FOLD_SAMPLES = 4096  # samples wait until there are so many, or
 FOLD_EVERY_NS = 100 * NS_PER_MS  # for so long: one fold of many costs a fraction of many folds
 STATE_ROWS_MAX = 500  # per record; a chattering state sends its record early
@@ -206,8 +207,7 @@ class Sampler:
             return []
         batches, self._waiting, self._waiting_samples = self._waiting, [], 0
         if kernel.compiled is not None:
-            work = kernel.compiled
-            return [draft for samples in batches for draft in self._fold_compiled(work, now, samples)]
+            return [draft for one in batches for draft in self._fold_batch(kernel.compiled, now, one)]
         t_ns, column, value, validity = (
             np.concatenate(arrays) if len(batches) > 1 else arrays[0]
             for arrays in zip(*((b.t_ns, b.column, b.value, b.validity) for b in batches), strict=True)
@@ -225,16 +225,24 @@ class Sampler:
             t_ns, column, value = t_ns[ok], column[ok], value[ok]
         return self._by_period(now, t_ns, column, value) if len(t_ns) else []
 
-    def _fold_compiled(self, work: kernel.Kernel, now: Now, samples: SampleBatch) -> list[Draft]:
-        """Fold a batch in one go where all of it is usual: valid, representable, of the open period."""
+    def _fold_batch(self, work: kernel.Kernel, now: Now, samples: SampleBatch) -> list[Draft]:
+        drafts = self._fold_at_once(work, samples, self._scales.reach_of_all, now.mono_ns + 1)
+        if drafts is not None:
+            return drafts
+        return self._fold_closely(now, samples.t_ns, samples.column, samples.value, samples.validity)
+
+    def _fold_at_once(
+        self, work: kernel.Kernel, samples: SampleBatch, reach: float, end_ns: int
+    ) -> list[Draft] | None:
+        """Fold with the kernel; None, and nothing is folded, unless all samples are valid, within ±reach and
+        of the open period before end_ns."""
         assert self._open is not None
-        windows, places = self._windows, np.empty(len(samples), np.int64)
-        begin_ns = self._open * windows.record_ns
-        end_ns = min(begin_ns + windows.record_ns, now.mono_ns + 1)
-        reach = self._scales.reach_of_all
-        states = windows.fold_usual(work, samples, places, reach, begin_ns, end_ns)
+        begin_ns = self._open * self._windows.record_ns
+        end_ns = min(begin_ns + self._windows.record_ns, end_ns)
+        places = np.empty(len(samples), np.int64)
+        states = self._windows.fold_usual(work, samples, places, reach, begin_ns, end_ns)
         if states < 0:
-            return self._fold_closely(now, samples.t_ns, samples.column, samples.value, samples.validity)
+            return None
         at = places[:states]
         return self._fold_states(samples.t_ns[at], samples.column[at], samples.value[at])
 
@@ -266,6 +274,12 @@ class Sampler:
         return drafts
 
     def _fold(self, t_ns: I64, column: npt.NDArray[np.int64], value: F64) -> list[Draft]:
+        """Fold valid samples of the open period."""
+        if kernel.compiled is not None:
+            valid = SampleBatch(t_ns, column, value, np.zeros(len(t_ns), np.uint8))
+            drafts = self._fold_at_once(kernel.compiled, valid, math.inf, FAR_NS)
+            assert drafts is not None
+            return drafts
         self._windows.fold(t_ns, column, value)
         state = np.flatnonzero(self._is_state.take(column))
         return self._fold_states(t_ns[state], column[state], value[state])
