@@ -475,6 +475,20 @@ typedef struct {
     int64_t from_ns, until_ns;           /* as long as this, `cell` holds */
 } Windows;
 
+/* Fold what lies side by side: a frame's samples mostly do, and so several at a time. */
+static void fold_run(const double *restrict value, int64_t *restrict counts, double *restrict low,
+                     double *restrict high, double *restrict total, double *restrict last, int64_t n)
+{
+    for (int64_t i = 0; i < n; i++) {
+        double v = value[i];
+        counts[i]++;
+        total[i] += v;
+        last[i] = v;
+        low[i] = v < low[i] ? v : low[i];
+        high[i] = v > high[i] ? v : high[i];
+    }
+}
+
 /* Fill in the cell of every column for time t_ns; false, with the error set, where one lies outside. */
 static bool turn_windows(Windows *w, int64_t t_ns)
 {
@@ -528,19 +542,17 @@ static PyObject *fold(PyObject *self, PyObject *const *args, Py_ssize_t given)
         result = PyLong_FromLong(-1);
         goto done;
     }
-    for (int64_t i = 0; i < k; i++) {
+    for (int64_t i = 0, n; i < k; i += n) {
+        n = 1;
         if ((t_ns[i] < windows.from_ns || t_ns[i] >= windows.until_ns) && !turn_windows(&windows, t_ns[i])) goto done;
-        int64_t cell = windows.cell[column[i]];
+        int64_t c = column[i], cell = windows.cell[c];
         if (cell < 0) {
             places[states++] = i;
             continue;
         }
-        double v = value[i];
-        counts[cell]++;
-        total[cell] += v;
-        last[cell] = v;
-        if (v < low[cell]) low[cell] = v;
-        if (v > high[cell]) high[cell] = v;
+        while (i + n < k && column[i + n] == c + n && windows.cell[c + n] == cell + n && t_ns[i + n] == t_ns[i])
+            n++;
+        fold_run(value + i, counts + cell, low + cell, high + cell, total + cell, last + cell, n);
     }
     result = PyLong_FromLongLong(states);
 done:

@@ -35,7 +35,7 @@ from tbox.model import (
     Signal,
 )
 
-STEP_NS_MAX = 150 * NS_PER_MS  # it wants to be called so often, on a silent bus too
+STEP_NS_MAX = 200 * NS_PER_MS  # it wants to be called so often, on a silent bus too
 
 
 class EdgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
