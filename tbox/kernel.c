@@ -16,6 +16,7 @@
 
 enum { FRAME_BYTES = 72, LENGTH_AT = 4, DATA_AT = 8, DATA_BYTES = 64, LAST_WORD_AT = 64, VIEWS_MAX = 24 };
 enum { VALID = 0, CRC = 4, COUNTER = 5, DUPLICATE = 6 }; /* model.Validity */
+enum { UNKNOWN_PLAN = 0, MALFORMED_PLAN = 1 };                 /* decode/table.py */
 static const int64_t NEVER_NS = -(INT64_C(1) << 62);
 
 /* --- arguments --------------------------------------------------------------------------------------- */
@@ -106,7 +107,8 @@ static int64_t find(const uint32_t *keys, int64_t size, uint32_t key)
 }
 
 /* plans(frames, keys, roots, selector_row, selector_base, selector_size, selector_plan, byte, shift, mask, big,
- *       need_bytes, length, count, needs, plan out, short out) -> (samples, needs)
+ *       need_bytes, length, count, needs, plan out, short out)
+ *     -> (samples, needs, frames unknown, frames malformed, frames short)
  * The plan each frame ends in: by id, then by its selectors until none is left or the payload ends before one. */
 static const char PLANS[] = "rrrrrrrrrrrrrrrww";
 static PyObject *plans(PyObject *self, PyObject *const *args, Py_ssize_t given)
@@ -134,7 +136,7 @@ static PyObject *plans(PyObject *self, PyObject *const *args, Py_ssize_t given)
     if (!holds(&a, 10, rows, 1) || !holds(&a, 11, rows, 1) || !holds(&a, 12, plans, 1) ||
         !holds(&a, 13, plans, 8) || !holds(&a, 14, plans, 1))
         goto done;
-    int64_t samples = 0;
+    int64_t samples = 0, unknown = 0, malformed = 0, shorts = 0;
     int needed = 0;
     for (int64_t i = 0; i < frames; i++, frame += FRAME_BYTES) {
         uint32_t id;
@@ -154,10 +156,14 @@ static PyObject *plans(PyObject *self, PyObject *const *args, Py_ssize_t given)
         }
         plan[i] = p;
         is_short[i] = frame[LENGTH_AT] < length[p];
+        unknown += p == UNKNOWN_PLAN;
+        malformed += p == MALFORMED_PLAN;
+        shorts += is_short[i];
         samples += count[p];
         needed |= needs[p];
     }
-    result = Py_BuildValue("(Li)", (long long)samples, needed);
+    result = Py_BuildValue("(LiLLL)", (long long)samples, needed, (long long)unknown, (long long)malformed,
+                           (long long)shorts);
 done:
     close_arguments(&a, PLANS);
     return result;
@@ -179,9 +185,12 @@ static bool open_table(Table *table, const Arguments *args, int i)
         ARRAY(uint64_t, i + 4), ARRAY(uint64_t, i + 5), ARRAY(uint8_t, i + 6), ARRAY(uint8_t, i + 7),
         ITEMS(int64_t, i),      ITEMS(int64_t, i + 2),
     };
+    bool within = true;
+    for (int64_t row = 0; row < table->rows; row++)
+        within &= in(table->byte[row], LAST_WORD_AT + 1);
     return holds(args, i + 1, table->plans, 8) && holds(args, i + 3, table->rows, 8) &&
            holds(args, i + 4, table->rows, 8) && holds(args, i + 5, table->rows, 8) &&
-           holds(args, i + 6, table->rows, 1) && holds(args, i + 7, table->rows, 1);
+           holds(args, i + 6, table->rows, 1) && holds(args, i + 7, table->rows, 1) && inside_of("row", within);
 }
 
 /* Set the rows of a plan; false, with the error set, where it leads out of the table or there is no room. */
@@ -230,7 +239,6 @@ static PyObject *decode(PyObject *self, PyObject *const *args, Py_ssize_t given)
         if (!rows_of(&table, plan[i], room - k, &first, &end)) goto done;
         for (int64_t row = first; row < end; row++) {
             if (table.need_bytes[row] > frame[LENGTH_AT]) continue;
-            if (!inside_of("row", in(table.byte[row], LAST_WORD_AT + 1))) goto done;
             int64_t raw = raw_of(&table, frame, row);
             outside |= (uint64_t)raw - (uint64_t)low[row] > span[row];
             double value = (double)raw * scale[row];
@@ -265,7 +273,6 @@ static PyObject *details(PyObject *self, PyObject *const *args, Py_ssize_t given
         if (!rows_of(&table, plan[i], room - k, &first, &end)) goto done;
         for (int64_t row = first; row < end; row++) {
             if (table.need_bytes[row] > frame[LENGTH_AT]) continue;
-            if (!inside_of("row", in(table.byte[row], LAST_WORD_AT + 1))) goto done;
             frame_out[k] = i;
             row_out[k] = row;
             raw_out[k++] = raw_of(&table, frame, row);
@@ -305,7 +312,7 @@ done:
 }
 
 /* guard(frames, t_ns, plan, short, message_of, byte, shift, mask, big, crc_base, crc_table, crc_constant, has_crc,
- *       has_counter, modulo, last, last_ns, last_payload, lost, code out, gap_ns) -> (protected frames, lost frames)
+ *       has_counter, modulo, last, last_ns, last_payload, lost, code out, gap_ns) -> (frames refused, frames lost)
  * Frames against CRC and alive counter. byte, shift, mask, big: the CRC of each of the m messages, then the counter
  * of each. crc_base: (m, w) where in crc_table the values of a payload byte begin. last, last_ns, last_payload:
  * what each message brought last; lost: how many of its frames must have been lost. code: (frames,) model.Validity. */
@@ -341,7 +348,7 @@ static PyObject *guard(PyObject *self, PyObject *const *args, Py_ssize_t given)
     int64_t *lost = ARRAY(int64_t, 18);
     uint8_t *code_out = ARRAY(uint8_t, 19);
     int64_t gap_ns = a.number[20], frames = a.view[0].len / FRAME_BYTES, messages = ITEMS(int64_t, 14);
-    int64_t width = messages ? ITEMS(int64_t, 9) / messages : 0, guarded = 0, lost_now = 0;
+    int64_t width = messages ? ITEMS(int64_t, 9) / messages : 0, refused = 0, lost_now = 0;
     int64_t plans = ITEMS(int64_t, 4), crcs = ITEMS(uint16_t, 10);
     PyObject *result = NULL;
     for (int i = 5; i < 8; i++)
@@ -352,16 +359,15 @@ static PyObject *guard(PyObject *self, PyObject *const *args, Py_ssize_t given)
         !holds(&a, 11, messages, 2) || !holds(&a, 12, messages, 1) || !holds(&a, 13, messages, 1) ||
         !inside_of("payload", width <= DATA_BYTES))
         goto done;
+    memset(code_out, VALID, (size_t)frames);
     for (int64_t i = 0; i < frames; i++, frame += FRAME_BYTES) {
         if (!inside_of("plan", in(plan[i], plans))) goto done;
         int64_t m = message_of[plan[i]], t = t_ns[i];
         const uint8_t *payload = frame + DATA_AT;
-        code_out[i] = VALID;
         if (m < 0) continue;
         if (!inside_of("message", in(m, messages) && modulo[m] > 0 &&
                        in(fields.byte[m], DATA_BYTES - 7) && in(fields.byte[messages + m], DATA_BYTES - 7)))
             goto done;
-        guarded++;
         if (has_crc[m]) {
             const int64_t *base = crc_base + m * width;
             uint16_t crc = crc_constant[m];
@@ -394,7 +400,9 @@ static PyObject *guard(PyObject *self, PyObject *const *args, Py_ssize_t given)
         last_ns[m] = t;
         memcpy(before, payload, DATA_BYTES);
     }
-    result = Py_BuildValue("(LL)", (long long)guarded, (long long)lost_now);
+    for (int64_t i = 0; i < frames; i++)
+        refused += code_out[i] != VALID;
+    result = Py_BuildValue("(LL)", (long long)refused, (long long)lost_now);
 done:
     close_arguments(&a, GUARD);
     return result;

@@ -31,7 +31,7 @@ class Kernel(Protocol):
         self, frames: Bytes, keys: npt.NDArray[np.uint32], roots: Ints, selector_row: Ints,
         selector_base: Ints, selector_size: Ints, selector_plan: Ints, byte: Ints, shift: Words, mask: Words,
         big: Flags, need_bytes: Bytes, length: Bytes, count: Ints, needs: Bytes, plan: Ints, short: Flags, /,
-    ) -> tuple[int, int]: ...  # fmt: skip
+    ) -> tuple[int, int, int, int, int]: ...  # fmt: skip
 
     def decode(
         self, frames: Bytes, t_ns: Ints, plan: Ints, start: Ints, count: Ints, byte: Ints, shift: Words,

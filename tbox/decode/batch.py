@@ -46,6 +46,14 @@ class Fallback(NamedTuple):
     error: str = ""
 
 
+class Outcome(NamedTuple):
+    """How many frames had no plan, were malformed, and were shorter than their message."""
+
+    unknown: int
+    malformed: int
+    short: int
+
+
 class Details(NamedTuple):
     """Where each of k samples came from.
 
@@ -65,7 +73,8 @@ class Decoded:
     short: (n,) the payload was shorter than the message.
     value: (k,) float64. column: (k,) int64, of the table. t_ns: (k,) the time of each sample's frame.
     inside: every raw value is known to be in its row's span. look: returns the details, which hardly anybody
-    asks for. fallback: what cantools decoded instead; its samples are not among the k.
+    asks for. fallback: what cantools decoded instead; its samples are not among the k. outcome: of the frames,
+    where it is known already.
     """
 
     plan: IntArray
@@ -76,6 +85,7 @@ class Decoded:
     look: Callable[[], Details]
     inside: bool = False
     fallback: list[Fallback] = field(default_factory=list)
+    outcome: Outcome | None = None
     _details: Details | None = None
 
     def _seen(self) -> Details:
@@ -159,7 +169,7 @@ class Decoder:
         block = frames.view(np.uint8)
         plan, short = np.empty(len(frames), np.int64), np.empty(len(frames), np.bool_)
         keys, roots = table.roots.get(channel, self._no_ids)
-        samples, needs = work.plans(
+        samples, needs, *outcome = work.plans(
             block, keys, roots, table.selector_row, table.selector_base, table.selector_size,
             table.selector_plan, table.byte, table.shift, table.mask, table.big, table.need_bytes,
             table.length, table.count, self._needs, plan, short,
@@ -183,6 +193,8 @@ class Decoder:
             return Details(frame[:found], row[:found], raw[:found])
 
         decoded = Decoded(plan, short, value, column, times, look, inside)
+        if not needs & NEEDS_CANTOOLS:
+            decoded.outcome = Outcome(*outcome)
         if needs & NEEDS_KIND:
             decoded.value = self._values(decoded.raw, decoded.row, needs)
         if needs & NEEDS_CANTOOLS:

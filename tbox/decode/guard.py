@@ -66,7 +66,7 @@ class FrameGuard:
         self.lost: dict[str, int] = {}
 
     def judge(self, batch: FrameBatch, decoded: Decoded) -> npt.NDArray[np.uint8] | None:
-        """Return the validity of each frame (0: nothing against it); None when no frame is protected."""
+        """Return the validity of each frame (0: nothing against it); None when nothing is against any."""
         if kernel.compiled is not None:
             return self._judge_compiled(kernel.compiled, batch, decoded)
         message = self._of_plan.take(decoded.plan)
@@ -86,6 +86,8 @@ class FrameGuard:
             code[good] = self._check_counter(
                 message[good], counter[good], payload[good], batch.t_ns[at[good]]
             )
+        if not code.any():
+            return None
         frames = np.zeros(len(batch), np.uint8)
         frames[at] = code
         return frames
@@ -96,7 +98,7 @@ class FrameGuard:
         frames = np.ascontiguousarray(batch.frames).view(np.uint8)
         code = np.empty(len(batch), np.uint8)
         fields, crc = self._fields, self._crc_table
-        guarded, lost = work.guard(
+        refused, lost = work.guard(
             frames, batch.t_ns, decoded.plan, decoded.short, self._of_plan, fields.byte, fields.shift,
             fields.mask, fields.big, crc.base, crc.table, crc.constant, self._has_crc, self._has_counter,
             self._modulo, self._last, self._last_ns, self._last_payload, self._lost, code, self._gap_ns,
@@ -105,7 +107,7 @@ class FrameGuard:
             for message in where_(self._lost > 0).tolist():
                 self._lose(message, int(self._lost[message]))
             self._lost[:] = 0
-        return code if guarded else None
+        return code if refused else None
 
     def _check_crc(
         self,

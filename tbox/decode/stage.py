@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tbox.decode.batch import Decoded, Decoder, Details, where_
+from tbox.decode.batch import Decoded, Decoder, Details, Outcome, where_
 from tbox.decode.database import Database, DecodeSettings, Definition
 from tbox.decode.roles import Binding, RoleMap
-from tbox.decode.table import MALFORMED_PLAN, NO_ID, IntArray, SignalTable, compile_table
+from tbox.decode.table import MALFORMED_PLAN, NO_ID, UNKNOWN_PLAN, IntArray, SignalTable, compile_table
 from tbox.decode.validity import Judge
 from tbox.ledger import Ledger
 from tbox.model import ROLE_UNITS, FrameBatch, Now, SampleBatch, Signal, Validity
@@ -62,13 +62,12 @@ class DecodeStage:
         decoded = self._decoder.decode(batch.channel, batch.frames, batch.t_ns)
         if decoded.fallback:
             decoded = self._merge(batch, decoded)
-        unknown = n - int(np.count_nonzero(decoded.plan))
-        malformed = n - unknown - int(np.count_nonzero(decoded.plan > MALFORMED_PLAN))
+        unknown, malformed, short = decoded.outcome or _outcome(decoded)
         self._frames.into += n
         self._frames.out += n - unknown - malformed
         self._frames.drop("unknown", unknown)
         self._frames.drop("malformed", malformed)
-        self.short += int(np.count_nonzero(decoded.short))
+        self.short += short
         value, validity = self._judge.judge(batch, decoded)
         samples = SampleBatch(decoded.t_ns, decoded.column, value, validity)
         if self._wanted is not None:
@@ -153,6 +152,12 @@ class DecodeStage:
         values = np.array(value, np.float64) * self._factor.take(column) + self._offset.take(column)
         raw = self._decoder.raw(batch.frames, frames, rows_)
         return _interleave(batch, decoded, Details(frames, rows_, raw), values, column)
+
+
+def _outcome(decoded: Decoded) -> Outcome:
+    unknown = int(np.count_nonzero(decoded.plan == UNKNOWN_PLAN))
+    malformed = int(np.count_nonzero(decoded.plan == MALFORMED_PLAN))
+    return Outcome(unknown, malformed, int(np.count_nonzero(decoded.short)))
 
 
 def _interleave(

@@ -84,7 +84,7 @@ class Judge:
         value = self._codes.apply(decoded, code)
         self._flags.judge(batch, decoded, code)
         of_frame = self.guard.judge(batch, decoded)
-        if of_frame is not None and of_frame.any():
+        if of_frame is not None:
             of_sample = of_frame.take(decoded.frame)
             np.copyto(code, of_sample, where=of_sample != 0)
         if self._cycles is not None:
