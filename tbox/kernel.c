@@ -106,11 +106,50 @@ static int64_t find(const uint32_t *keys, int64_t size, uint32_t key)
     return low < size && keys[low] == key ? low : -1;
 }
 
-/* plans(frames, keys, roots, selector_row, selector_base, selector_size, selector_plan, byte, shift, mask, big,
- *       need_bytes, length, count, needs, plan out, short out)
+/* What kernel.py's PLAN and ROW say: a signal's bits and meaning in one cache line. */
+typedef struct {
+    int32_t start, count, selector_row, selector_base, selector_size;
+    uint8_t length, needs;
+} Plan;
+
+typedef struct {
+    uint64_t mask, half;
+    int64_t low;
+    uint64_t span;
+    double scale, add;
+    int32_t column;
+    uint8_t byte, shift, big, need_bytes;
+} Row;
+
+static inline uint64_t bits_of(const Row *row, const uint8_t *frame)
+{
+    return word_at(frame + row->byte, row->big) >> row->shift & row->mask;
+}
+
+static inline int64_t raw_of(const Row *row, const uint8_t *frame)
+{
+    return (int64_t)((bits_of(row, frame) ^ row->half) - row->half);
+}
+
+static bool rows_lie_in_a_frame(const Row *row, int64_t rows)
+{
+    bool all = true;
+    for (int64_t i = 0; i < rows; i++)
+        all &= row[i].byte <= LAST_WORD_AT && row[i].shift < 64;
+    return inside_of("row", all);
+}
+
+/* Whether a plan's rows are in the table and fit the room that is left; sets the error where not. */
+static bool fits(const Plan *plan, int64_t rows, int64_t room)
+{
+    int64_t first = plan->start, size = plan->count;
+    return !size || inside_of("plan", in(first, rows) && in(size - 1, rows - first) && size <= room);
+}
+
+/* plans(frames, keys, roots, plans, rows, selector_plan, plan out, short out)
  *     -> (samples, needs, frames unknown, frames malformed, frames short)
  * The plan each frame ends in: by id, then by its selectors until none is left or the payload ends before one. */
-static const char PLANS[] = "rrrrrrrrrrrrrrrww";
+static const char PLANS[] = "rrrrrrww";
 static PyObject *plans(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Arguments a;
@@ -118,132 +157,82 @@ static PyObject *plans(PyObject *self, PyObject *const *args, Py_ssize_t given)
     if (!open_arguments(&a, PLANS, args, given)) return NULL;
     const uint8_t *frame = ARRAY(uint8_t, 0);
     const uint32_t *keys = ARRAY(uint32_t, 1);
-    const int64_t *roots = ARRAY(int64_t, 2), *selector_row = ARRAY(int64_t, 3);
-    const int64_t *selector_base = ARRAY(int64_t, 4), *selector_size = ARRAY(int64_t, 5);
-    const int64_t *selector_plan = ARRAY(int64_t, 6), *byte = ARRAY(int64_t, 7);
-    const uint64_t *shift = ARRAY(uint64_t, 8), *mask = ARRAY(uint64_t, 9);
-    const uint8_t *big = ARRAY(uint8_t, 10), *need_bytes = ARRAY(uint8_t, 11), *length = ARRAY(uint8_t, 12);
-    const int64_t *count = ARRAY(int64_t, 13);
-    const uint8_t *needs = ARRAY(uint8_t, 14);
-    int64_t *plan = ARRAY(int64_t, 15);
-    uint8_t *is_short = ARRAY(uint8_t, 16);
-    int64_t frames = a.view[0].len / FRAME_BYTES, ids = ITEMS(uint32_t, 1), plans = ITEMS(int64_t, 3);
-    int64_t rows = ITEMS(int64_t, 7), targets = ITEMS(int64_t, 6);
-    PyObject *result = NULL;
-    if (!holds(&a, 2, ids, 8) || !holds(&a, 15, frames, 8) || !holds(&a, 16, frames, 1)) goto done;
-    for (int i = 4; i < 6; i++)
-        if (!holds(&a, i, plans, 8) || !holds(&a, i + 4, rows, 8)) goto done;
-    if (!holds(&a, 10, rows, 1) || !holds(&a, 11, rows, 1) || !holds(&a, 12, plans, 1) ||
-        !holds(&a, 13, plans, 8) || !holds(&a, 14, plans, 1))
-        goto done;
+    const int64_t *roots = ARRAY(int64_t, 2), *selector_plan = ARRAY(int64_t, 5);
+    const Plan *table = ARRAY(Plan, 3);
+    const Row *row = ARRAY(Row, 4);
+    int64_t *plan = ARRAY(int64_t, 6);
+    uint8_t *is_short = ARRAY(uint8_t, 7);
+    int64_t frames = a.view[0].len / FRAME_BYTES, ids = ITEMS(uint32_t, 1), size = ITEMS(Plan, 3);
+    int64_t rows = ITEMS(Row, 4), targets = ITEMS(int64_t, 5);
     int64_t samples = 0, unknown = 0, malformed = 0, shorts = 0;
-    int needed = 0;
+    int needs = 0;
+    PyObject *result = NULL;
+    if (!holds(&a, 2, ids, 8) || !holds(&a, 6, frames, 8) || !holds(&a, 7, frames, 1) ||
+        !rows_lie_in_a_frame(row, rows))
+        goto done;
     for (int64_t i = 0; i < frames; i++, frame += FRAME_BYTES) {
         uint32_t id;
         memcpy(&id, frame, sizeof id);
-        int64_t at = find(keys, ids, id), p = at < 0 ? 0 : roots[at];
+        int64_t at = find(keys, ids, id), p = at < 0 ? UNKNOWN_PLAN : roots[at];
         for (int64_t turns = 0;; turns++) {
-            if (!inside_of("plan", in(p, plans) && turns < plans)) goto done;
-            int64_t row = selector_row[p];
-            if (row < 0) break;
-            if (!inside_of("selector", in(row, rows) && in(byte[row], LAST_WORD_AT + 1))) goto done;
-            if (need_bytes[row] > frame[LENGTH_AT]) break;
-            uint64_t value = (word_at(frame + byte[row], big[row]) >> shift[row]) & mask[row];
-            uint64_t last = (uint64_t)selector_size[p];
-            int64_t target = selector_base[p] + (int64_t)(value < last ? value : last);
+            if (!inside_of("plan", in(p, size) && turns < size)) goto done;
+            int64_t selector = table[p].selector_row;
+            if (selector < 0) break;
+            if (!inside_of("selector", selector < rows)) goto done;
+            if (row[selector].need_bytes > frame[LENGTH_AT]) break;
+            uint64_t value = bits_of(row + selector, frame), last = (uint64_t)(int64_t)table[p].selector_size;
+            int64_t target = table[p].selector_base + (int64_t)(value < last ? value : last);
             if (!inside_of("selector", in(target, targets))) goto done;
             p = selector_plan[target];
         }
         plan[i] = p;
-        is_short[i] = frame[LENGTH_AT] < length[p];
+        is_short[i] = frame[LENGTH_AT] < table[p].length;
         unknown += p == UNKNOWN_PLAN;
         malformed += p == MALFORMED_PLAN;
         shorts += is_short[i];
-        samples += count[p];
-        needed |= needs[p];
+        samples += table[p].count;
+        needs |= table[p].needs;
     }
-    result = Py_BuildValue("(LiLLL)", (long long)samples, needed, (long long)unknown, (long long)malformed,
+    result = Py_BuildValue("(LiLLL)", (long long)samples, needs, (long long)unknown, (long long)malformed,
                            (long long)shorts);
 done:
     close_arguments(&a, PLANS);
     return result;
 }
 
-typedef struct {
-    const int64_t *start, *count, *byte;
-    const uint64_t *shift, *mask, *half;
-    const uint8_t *big, *need_bytes;
-    int64_t plans, rows;
-} Table;
-
-/* The arguments of a table, from number i on: start, count, byte, shift, mask, half, big, need_bytes. */
-static bool open_table(Table *table, const Arguments *args, int i)
-{
-    Arguments a = *args;
-    *table = (Table){
-        ARRAY(int64_t, i),      ARRAY(int64_t, i + 1),  ARRAY(int64_t, i + 2), ARRAY(uint64_t, i + 3),
-        ARRAY(uint64_t, i + 4), ARRAY(uint64_t, i + 5), ARRAY(uint8_t, i + 6), ARRAY(uint8_t, i + 7),
-        ITEMS(int64_t, i),      ITEMS(int64_t, i + 2),
-    };
-    bool within = true;
-    for (int64_t row = 0; row < table->rows; row++)
-        within &= in(table->byte[row], LAST_WORD_AT + 1);
-    return holds(args, i + 1, table->plans, 8) && holds(args, i + 3, table->rows, 8) &&
-           holds(args, i + 4, table->rows, 8) && holds(args, i + 5, table->rows, 8) &&
-           holds(args, i + 6, table->rows, 1) && holds(args, i + 7, table->rows, 1) && inside_of("row", within);
-}
-
-/* Set the rows of a plan; false, with the error set, where it leads out of the table or there is no room. */
-static bool rows_of(const Table *table, int64_t plan, int64_t room, int64_t *first, int64_t *end)
-{
-    if (!inside_of("plan", in(plan, table->plans))) return false;
-    int64_t size = table->count[plan];
-    *first = table->start[plan];
-    *end = *first + size;
-    return !size || inside_of("plan", in(*first, table->rows) && in(size - 1, table->rows - *first) && size <= room);
-}
-
-static inline int64_t raw_of(const Table *table, const uint8_t *frame, int64_t row)
-{
-    uint64_t word = word_at(frame + table->byte[row], table->big[row]) >> table->shift[row] & table->mask[row];
-    return (int64_t)((word ^ table->half[row]) - table->half[row]);
-}
-
-/* decode(frames, t_ns, plan, start, count, byte, shift, mask, half, big, need_bytes, scale, add, column, low, span,
- *        value out, column out, t_ns out) -> (samples, whether low <= raw <= low + span for all)
+/* decode(frames, t_ns, plan, plans, rows, value out, column out, t_ns out)
+ *     -> (samples, whether low <= raw <= low + span for all)
  * The samples of every frame, in the order of the plan's rows; rows beyond the payload's end are left out.
  * value = raw * scale + add, with raw an int64 whatever the row's kind. */
-static const char DECODE[] = "rrrrrrrrrrrrrrrrwww";
+static const char DECODE[] = "rrrrrwww";
 static PyObject *decode(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Arguments a;
-    Table table;
     (void)self;
     if (!open_arguments(&a, DECODE, args, given)) return NULL;
     const uint8_t *frame = ARRAY(uint8_t, 0);
     const int64_t *t_ns = ARRAY(int64_t, 1), *plan = ARRAY(int64_t, 2);
-    const double *scale = ARRAY(double, 11), *add = ARRAY(double, 12);
-    const int64_t *column = ARRAY(int64_t, 13), *low = ARRAY(int64_t, 14);
-    const uint64_t *span = ARRAY(uint64_t, 15);
-    double *value_out = ARRAY(double, 16);
-    int64_t *column_out = ARRAY(int64_t, 17), *t_out = ARRAY(int64_t, 18);
-    int64_t frames = a.view[0].len / FRAME_BYTES, room = ITEMS(double, 16), k = 0, first, end;
+    const Plan *table = ARRAY(Plan, 3);
+    const Row *rows = ARRAY(Row, 4);
+    double *value_out = ARRAY(double, 5);
+    int64_t *column_out = ARRAY(int64_t, 6), *t_out = ARRAY(int64_t, 7);
+    int64_t frames = a.view[0].len / FRAME_BYTES, room = ITEMS(double, 5), k = 0;
     bool outside = false;
     PyObject *result = NULL;
-    if (!open_table(&table, &a, 3) || !holds(&a, 1, frames, 8) || !holds(&a, 2, frames, 8) ||
-        !holds(&a, 17, room, 8) || !holds(&a, 18, room, 8))
+    if (!holds(&a, 1, frames, 8) || !holds(&a, 2, frames, 8) || !holds(&a, 6, room, 8) || !holds(&a, 7, room, 8) ||
+        !rows_lie_in_a_frame(rows, ITEMS(Row, 4)))
         goto done;
-    for (int i = 11; i < 16; i++)
-        if (!holds(&a, i, table.rows, 8)) goto done;
     for (int64_t i = 0; i < frames; i++, frame += FRAME_BYTES) {
-        if (!rows_of(&table, plan[i], room - k, &first, &end)) goto done;
-        for (int64_t row = first; row < end; row++) {
-            if (table.need_bytes[row] > frame[LENGTH_AT]) continue;
-            int64_t raw = raw_of(&table, frame, row);
-            outside |= (uint64_t)raw - (uint64_t)low[row] > span[row];
-            double value = (double)raw * scale[row];
-            value_out[k] = value + add[row];
-            column_out[k] = column[row];
+        if (!inside_of("plan", in(plan[i], ITEMS(Plan, 3)))) goto done;
+        const Plan *one = table + plan[i];
+        if (!fits(one, ITEMS(Row, 4), room - k)) goto done;
+        for (const Row *row = rows + one->start, *end = row + one->count; row < end; row++) {
+            if (row->need_bytes > frame[LENGTH_AT]) continue;
+            int64_t raw = raw_of(row, frame);
+            outside |= (uint64_t)raw - (uint64_t)row->low > row->span;
+            double value = (double)raw * row->scale;
+            value_out[k] = value + row->add;
+            column_out[k] = row->column;
             t_out[k++] = t_ns[i];
         }
     }
@@ -253,29 +242,33 @@ done:
     return result;
 }
 
-/* details(frames, plan, start, count, byte, shift, mask, half, big, need_bytes, frame out, row out, raw out)
- * -> samples: where each sample of decode came from, and its raw value */
-static const char DETAILS[] = "rrrrrrrrrrwww";
+/* details(frames, plan, plans, rows, frame out, row out, raw out)
+ *     -> samples: where each sample of decode came from, and its raw value */
+static const char DETAILS[] = "rrrrwww";
 static PyObject *details(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     Arguments a;
-    Table table;
     (void)self;
     if (!open_arguments(&a, DETAILS, args, given)) return NULL;
     const uint8_t *frame = ARRAY(uint8_t, 0);
     const int64_t *plan = ARRAY(int64_t, 1);
-    int64_t *frame_out = ARRAY(int64_t, 10), *row_out = ARRAY(int64_t, 11), *raw_out = ARRAY(int64_t, 12);
-    int64_t frames = a.view[0].len / FRAME_BYTES, room = ITEMS(int64_t, 10), k = 0, first, end;
+    const Plan *table = ARRAY(Plan, 2);
+    const Row *rows = ARRAY(Row, 3);
+    int64_t *frame_out = ARRAY(int64_t, 4), *row_out = ARRAY(int64_t, 5), *raw_out = ARRAY(int64_t, 6);
+    int64_t frames = a.view[0].len / FRAME_BYTES, room = ITEMS(int64_t, 4), k = 0;
     PyObject *result = NULL;
-    if (!open_table(&table, &a, 2) || !holds(&a, 1, frames, 8) || !holds(&a, 11, room, 8) || !holds(&a, 12, room, 8))
+    if (!holds(&a, 1, frames, 8) || !holds(&a, 5, room, 8) || !holds(&a, 6, room, 8) ||
+        !rows_lie_in_a_frame(rows, ITEMS(Row, 3)))
         goto done;
     for (int64_t i = 0; i < frames; i++, frame += FRAME_BYTES) {
-        if (!rows_of(&table, plan[i], room - k, &first, &end)) goto done;
-        for (int64_t row = first; row < end; row++) {
-            if (table.need_bytes[row] > frame[LENGTH_AT]) continue;
+        if (!inside_of("plan", in(plan[i], ITEMS(Plan, 2)))) goto done;
+        const Plan *one = table + plan[i];
+        if (!fits(one, ITEMS(Row, 3), room - k)) goto done;
+        for (int64_t n = one->start; n < one->start + one->count; n++) {
+            if (rows[n].need_bytes > frame[LENGTH_AT]) continue;
             frame_out[k] = i;
-            row_out[k] = row;
-            raw_out[k++] = raw_of(&table, frame, row);
+            row_out[k] = n;
+            raw_out[k++] = raw_of(rows + n, frame);
         }
     }
     result = PyLong_FromLongLong(k);
@@ -359,6 +352,10 @@ static PyObject *guard(PyObject *self, PyObject *const *args, Py_ssize_t given)
         !holds(&a, 11, messages, 2) || !holds(&a, 12, messages, 1) || !holds(&a, 13, messages, 1) ||
         !inside_of("payload", width <= DATA_BYTES))
         goto done;
+    bool within = true;
+    for (int64_t n = 0; n < messages * width; n++)
+        within &= in(crc_base[n], crcs - 255);
+    if (!inside_of("byte", within)) goto done;
     memset(code_out, VALID, (size_t)frames);
     for (int64_t i = 0; i < frames; i++, frame += FRAME_BYTES) {
         if (!inside_of("plan", in(plan[i], plans))) goto done;
@@ -371,10 +368,8 @@ static PyObject *guard(PyObject *self, PyObject *const *args, Py_ssize_t given)
         if (has_crc[m]) {
             const int64_t *base = crc_base + m * width;
             uint16_t crc = crc_constant[m];
-            for (int64_t n = 0; n < width; n++) {
-                if (!inside_of("byte", in(base[n], crcs - 255))) goto done;
+            for (int64_t n = 0; n < width; n++)
                 crc ^= crc_table[base[n] + payload[n]];
-            }
             if (is_short[i] || crc != field(&fields, payload, m)) { /* one cut short cannot be proved */
                 code_out[i] = CRC;
                 continue;
@@ -437,26 +432,28 @@ static PyObject *settle(PyObject *self, PyObject *const *args, Py_ssize_t given)
         goto done;
     memset(counts, 0, (size_t)slots * sizeof *counts);
     memset(touched, 0, (size_t)slots);
-    int64_t most = 0, believed = 0;
+    int64_t most = 0, believed = 0, left = 0;
     bool quiet = true;
     for (int64_t i = 0; quiet && i < k; i++) {
         int64_t c = column[i];
         if (!inside_of("column", in(c, slots) && in(slot_of[c], slots))) goto done;
         counts[slot_of[c]]++;
+        believed += validity[i] == VALID && isfinite(value[i]);
         quiet = !(value[i] >= upper[c] || value[i] <= lower[c]);
     }
-    for (int64_t slot = 0; slot < slots; slot++)
+    for (int64_t slot = 0; slot < slots; slot++) {
         most = counts[slot] > most ? counts[slot] : most;
+        left += counts[slot] > 0;
+    }
     if (!quiet || most <= laps) {
         result = PyLong_FromLong(-1);
         goto done;
     }
-    for (int64_t i = k - 1; i >= 0; i--) { /* from behind: the last of a slot is found first */
-        if (validity[i] != VALID || !isfinite(value[i])) continue;
-        believed++;
+    for (int64_t i = k - 1; i >= 0 && left; i--) { /* from behind: the last of a slot is found first */
         int64_t slot = slot_of[column[i]];
-        if (touched[slot]) continue;
+        if (touched[slot] || validity[i] != VALID || !isfinite(value[i])) continue;
         touched[slot] = 1;
+        left--;
         pack_value[slot] = value[i];
         pack_t_ns[slot] = t_ns[i] < now_ns ? t_ns[i] : now_ns;
     }

@@ -19,6 +19,26 @@ Words = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float64]
 Halves = npt.NDArray[np.uint16]
 
+# kernel.c's Plan and Row: what decode/table.py keeps in parallel arrays.
+PLAN = np.dtype(
+    {
+        "names": [
+            "start", "count", "selector_row", "selector_base", "selector_size", "length", "needs",
+        ],
+        "formats": ["i4", "i4", "i4", "i4", "i4", "u1", "u1"],
+    },
+    align=True,
+)  # fmt: skip
+ROW = np.dtype(
+    {
+        "names": [
+            "mask", "half", "low", "span", "scale", "add", "column", "byte", "shift", "big", "need_bytes",
+        ],
+        "formats": ["u8", "u8", "i8", "u8", "f8", "f8", "i4", "u1", "u1", "u1", "u1"],
+    },
+    align=True,
+)  # fmt: skip
+
 
 class Kernel(Protocol):
     """What kernel.c offers; its comments say what each function does. Arrays are C-contiguous.
@@ -28,20 +48,18 @@ class Kernel(Protocol):
     """
 
     def plans(
-        self, frames: Bytes, keys: npt.NDArray[np.uint32], roots: Ints, selector_row: Ints,
-        selector_base: Ints, selector_size: Ints, selector_plan: Ints, byte: Ints, shift: Words, mask: Words,
-        big: Flags, need_bytes: Bytes, length: Bytes, count: Ints, needs: Bytes, plan: Ints, short: Flags, /,
+        self, frames: Bytes, keys: npt.NDArray[np.uint32], roots: Ints, plans: Bytes, rows: Bytes,
+        selector_plan: Ints, plan: Ints, short: Flags, /,
     ) -> tuple[int, int, int, int, int]: ...  # fmt: skip
 
     def decode(
-        self, frames: Bytes, t_ns: Ints, plan: Ints, start: Ints, count: Ints, byte: Ints, shift: Words,
-        mask: Words, half: Words, big: Flags, need_bytes: Bytes, scale: Floats, add: Floats, column: Ints,
-        low: Ints, span: Words, value_out: Floats, column_out: Ints, t_out: Ints, /,
+        self, frames: Bytes, t_ns: Ints, plan: Ints, plans: Bytes, rows: Bytes, value_out: Floats,
+        column_out: Ints, t_out: Ints, /,
     ) -> tuple[int, bool]: ...  # fmt: skip
 
     def details(
-        self, frames: Bytes, plan: Ints, start: Ints, count: Ints, byte: Ints, shift: Words, mask: Words,
-        half: Words, big: Flags, need_bytes: Bytes, frame_out: Ints, row_out: Ints, raw_out: Ints, /,
+        self, frames: Bytes, plan: Ints, plans: Bytes, rows: Bytes, frame_out: Ints, row_out: Ints,
+        raw_out: Ints, /,
     ) -> int: ...  # fmt: skip
 
     def calm(self, column: Ints, value: Floats, believed: Floats, half_step: Floats, /) -> bool: ...

@@ -15,8 +15,8 @@ from tbox.model import BusState, CanSend, FrameBatch
 GATHER_MS_MAX = 10
 GATHER_MS_HURRIED = 3  # while an isolation request may hang on the next frame
 GATHER_MS_CALM = 160  # while nothing presses: just within the time in which the edge wants its steps
-# Gathering may fill a third of the kernel's buffer at the highest rate of a CAN-FD bus: a stall of 200 ms fits
-# beside it in a pipe of 1 MiB.
+# Gathering may fill a third of the kernel's buffer at the highest rate of a CAN-FD bus: a stall of 200 ms
+# still fits beside it in a pipe of 1 MiB.
 LINE_RATE_HZ = 23_800  # 8-byte frames at 1M/8M (FACTS)
 BUFFER_SHARE = 1 / 3
 # A batch never grows beyond this: 20 ms of a CAN-FD bus saturated with short frames (FACTS: 23,800/s).

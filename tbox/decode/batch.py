@@ -73,8 +73,8 @@ class Decoded:
     short: (n,) the payload was shorter than the message.
     value: (k,) float64. column: (k,) int64, of the table. t_ns: (k,) the time of each sample's frame.
     inside: every raw value is known to be in its row's span. look: returns the details, which hardly anybody
-    asks for. fallback: what cantools decoded instead; its samples are not among the k. outcome: of the frames,
-    where it is known already.
+    asks for. fallback: what cantools decoded instead; its samples are not among the k.
+    outcome: of the frames, where it is known already.
     """
 
     plan: IntArray
@@ -107,16 +107,14 @@ class Decoded:
 
 
 class Decoder:
-    """A table at work. `decode` never raises for what a frame holds.
-
-    low, span: of each row, what raw values `Decoded.inside` is about; all there are until somebody sets them.
-    """
+    """A table at work, as it is now. `decode` never raises for what a frame holds."""
 
     def __init__(self, table: SignalTable) -> None:
         self.table = table
-        self.low = np.full(len(table.byte), np.iinfo(np.int64).min)
-        self.span = np.full(len(table.byte), np.iinfo(np.uint64).max)
         self._needs = _needs(table)
+        self._rows = _rows(table)
+        self._plans_packed = _plans(table, self._needs).view(np.uint8)
+        self._rows_packed = self._rows.view(np.uint8)
         self._selects = table.selector_row >= 0
         self._any_big_selector = bool(table.big[table.selector_row[self._selects]].any())
         self._no_ids = (np.array([NO_ID], np.uint32), np.zeros(1, np.int64))
@@ -126,6 +124,10 @@ class Decoder:
         }
         self._lean: dict[int, _Lean] = {}
         self._zeros = np.zeros(int(table.count.max(initial=0)), np.int64)  # read only
+
+    def expect(self, low: IntArray, span: npt.NDArray[np.uint64]) -> None:
+        """Say between which raw values, low to low + span, each row's readings lie: see `Decoded.inside`."""
+        self._rows["low"], self._rows["span"] = low, span
 
     def decode(self, channel: int, frames: npt.NDArray[np.void], t_ns: IntArray | None = None) -> Decoded:
         """Decode frames of one bus. frames: (n,) model.FRAME_DTYPE. t_ns: (n,) their times, else 0."""
@@ -170,26 +172,19 @@ class Decoder:
         plan, short = np.empty(len(frames), np.int64), np.empty(len(frames), np.bool_)
         keys, roots = table.roots.get(channel, self._no_ids)
         samples, needs, *outcome = work.plans(
-            block, keys, roots, table.selector_row, table.selector_base, table.selector_size,
-            table.selector_plan, table.byte, table.shift, table.mask, table.big, table.need_bytes,
-            table.length, table.count, self._needs, plan, short,
-        )  # fmt: skip
+            block, keys, roots, self._plans_packed, self._rows_packed, table.selector_plan, plan, short
+        )
         value, column, times = np.empty(samples), np.empty(samples, np.int64), np.empty(samples, np.int64)
         found, inside = work.decode(
-            block, t_ns, plan, table.start, table.count, table.byte, table.shift, table.mask, table.half,
-            table.big, table.need_bytes, table.scale, table.add, table.column, self.low, self.span,
-            value, column, times,
-        )  # fmt: skip
+            block, t_ns, plan, self._plans_packed, self._rows_packed, value, column, times
+        )
         if found < samples:  # short frames
             value, column, times = value[:found], column[:found], times[:found]
         rest = plan.copy() if needs & NEEDS_CANTOOLS else plan  # cantools may find a frame malformed yet
 
         def look() -> Details:
             frame, row, raw = np.empty((3, samples), np.int64)
-            work.details(
-                block, rest, table.start, table.count, table.byte, table.shift, table.mask, table.half,
-                table.big, table.need_bytes, frame, row, raw,
-            )  # fmt: skip
+            work.details(block, rest, self._plans_packed, self._rows_packed, frame, row, raw)
             return Details(frame[:found], row[:found], raw[:found])
 
         decoded = Decoded(plan, short, value, column, times, look, inside)
@@ -465,3 +460,21 @@ def _needs(table: SignalTable) -> npt.NDArray[np.uint8]:
             | NEEDS_KIND * bool((table.kind[rows] != KIND_INT).any())
         )
     return needs
+
+
+def _rows(table: SignalTable) -> npt.NDArray[np.void]:
+    """Return the table's rows as the kernel wants them, every raw value expected."""
+    rows = np.zeros(len(table.byte), kernel.ROW)
+    for name in ("mask", "half", "scale", "add", "column", "byte", "shift", "big", "need_bytes"):
+        rows[name] = getattr(table, name)
+    rows["low"], rows["span"] = np.iinfo(np.int64).min, np.iinfo(np.uint64).max
+    return rows
+
+
+def _plans(table: SignalTable, needs: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
+    """Return the table's plans as the kernel wants them."""
+    plans = np.zeros(len(table.plan_info), kernel.PLAN)
+    for name in ("start", "count", "selector_row", "selector_base", "selector_size", "length"):
+        plans[name] = getattr(table, name)
+    plans["needs"] = needs
+    return plans

@@ -60,7 +60,7 @@ class Judge:
         table = decoder.table
         self.guard = FrameGuard(decoder, roles, settings.counter_gap_ms)
         self._limits = _LimitTable(table, bindings)
-        decoder.low, decoder.span = self._limits.low, self._limits.span
+        decoder.expect(self._limits.low, self._limits.span)
         self._flags = _FlagTable(decoder, bindings)
         self._codes = _CodeTable(table, bindings)
         self._cycles = _MuxCycles(table, catalog, settings) if settings.mux_cycle else None

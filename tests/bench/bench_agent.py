@@ -273,7 +273,7 @@ def _cpu_share(pid: int) -> float:
 
 
 def _cpu_s(pid: int) -> float:
-    """Return what all threads have run for, to the nanosecond: a tick of stat is a tenth of what we measure."""
+    """Return what all threads have run for, to the ns: a tick of `stat` is a tenth of what we measure."""
     threads = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / NS_PER_S
 

@@ -120,6 +120,7 @@ def test_the_comparison_notices_a_planted_bug(array: str, twin: str) -> None:
         broken[...] = 0
     else:
         broken[...] = ~broken if array == "big" else broken + 1
+    objects._decoder = Decoder(objects.table)
     with pytest.raises((AssertionError, IndexError)):
         assert_equal_to_cantools(database, frames, 100, objects)
 

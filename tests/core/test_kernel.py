@@ -90,7 +90,7 @@ class Broken:
 
 def off_by_one(*arguments: Any) -> tuple[int, bool]:
     found: tuple[int, bool] = KERNEL.decode(*arguments)
-    arguments[16][:] = np.nextafter(arguments[16], np.inf)  # the last bit of every value
+    arguments[5][:] = np.nextafter(arguments[5], np.inf)  # the last bit of every value
     return found
 
 
@@ -118,7 +118,7 @@ def never_out_of_range(*arguments: Any) -> tuple[int, bool]:
 
 def rows_one_on(*arguments: Any) -> int:
     found: int = KERNEL.details(*arguments)
-    arguments[11][:-1] = arguments[11][1:].copy()
+    arguments[5][:-1] = arguments[5][1:].copy()
     return found
 
 
