@@ -131,9 +131,11 @@ class ControlServer:
 
     def close(self) -> None:
         self.stopped.set()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits there
         self._socket.close()
         if self._thread.is_alive():
-            self._thread.join(timeout=2 * POLL_S + 1)
+            self._thread.join()
         Path(self._path).unlink(missing_ok=True)
 
     def _bind(self) -> socket.socket:
@@ -146,7 +148,6 @@ class ControlServer:
             sock.bind(str(path))
             path.chmod(0o600)
             sock.listen(CLIENTS_MAX)
-            sock.settimeout(POLL_S)
         except OSError as error:
             sock.close()
             raise ControlError(
@@ -164,8 +165,6 @@ class ControlServer:
         while not self.stopped.is_set():
             try:
                 client, _ = self._socket.accept()
-            except TimeoutError:
-                continue
             except OSError:
                 return  # closed
             if not self._slots.acquire(blocking=False):

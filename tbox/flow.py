@@ -42,12 +42,11 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 HANDOVER_BATCHES_MAX = 256  # a full hand-over leaves the frames in the kernel, which counts what it drops
-RX_WAIT_S = 0.1
+RX_WAIT_S = 0.2
 HOLD_S = GATHER_MS_CALM / 1000
 HOLD_FRAMES_MAX = 1024  # 10 ms of work on a slow machine
 HOLD_FRAMES_HURRIED = 256  # a frame that presses would have to wait for them
 RX_DRAIN_S = 1.0
-PIPELINE_WAKE_S = 0.1
 
 NO_SAMPLES = SampleBatch(
     np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64), np.empty(0, np.uint8)
@@ -219,6 +218,7 @@ class PipelineThread:
         self.inbox: queue.Queue[FrameBatch | Ask[Any]] = queue.Queue(HANDOVER_BATCHES_MAX)
         self._flow, self._writers, self._keep = flow, writers, keep
         self._now, self._heart = now, heart
+        self._wake = Deadline(0)  # when the edge wants its next step
         self._stopping = threading.Event()
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
@@ -264,12 +264,14 @@ class PipelineThread:
     def _step(self) -> None:
         item: FrameBatch | Ask[Any] | None = None
         with contextlib.suppress(queue.Empty):
-            item = self.inbox.get(timeout=PIPELINE_WAKE_S)
+            item = self.inbox.get(timeout=self._wake.left_s(time.monotonic_ns()))
         if isinstance(item, Ask):
             item.run()
             return
         now = self._now()
-        self._keep(self._flow.step(now, item, self._send).drafts, now)
+        output = self._flow.step(now, item, self._send)
+        self._wake = Deadline(output.next_wake_ns or now.mono_ns)
+        self._keep(output.drafts, now)
 
     def _send(self, frame: CanSend) -> None:
         try:

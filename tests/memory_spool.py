@@ -16,6 +16,8 @@ NOW = Now(1_000, 1_790_000_000_000_000_000)
 class MemorySpool:
     """Offers in id order; what is in flight is offered again, under its old id, after a requeue."""
 
+    more = True  # tests put records into it that it does not tell of
+
     def __init__(self, records: Sequence[Record] = ()) -> None:
         self.waiting: deque[Record] = deque(records)
         self.in_flight: dict[int, Record] = {}

@@ -40,9 +40,9 @@ class Intake:
             frames, t_ns = frames[plain], t_ns[plain]
         if not len(frames):
             return None
-        t_ns = np.minimum(t_ns, max(self._last_ns, now_ns))
-        np.maximum(t_ns, self._last_ns, out=t_ns)  # np.clip does the same at three times the cost
-        np.maximum.accumulate(t_ns, out=t_ns)
+        t_ns = np.maximum.accumulate(t_ns)
+        if t_ns[0] < self._last_ns or t_ns[-1] > now_ns:  # seldom, so the usual batch need not be clipped
+            t_ns = np.clip(t_ns, self._last_ns, max(self._last_ns, now_ns))
         self._last_ns = int(t_ns[-1])
         return FrameBatch(self.channel, frames, t_ns)
 

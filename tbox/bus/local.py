@@ -1,18 +1,21 @@
 """A CAN-FD bus between processes of one machine (python-can interface "tbox"). Needs no root and no CAN.
 
-The channel is a directory; every member keeps one socket in it, and each pair of members shares one Unix
-stream. There is no hub, so killing any process takes nothing from the others but its own frames, and any
-member may come first. A full pair makes the sender wait (back-pressure), but never longer than its limit:
-then the frame is counted as dropped for that member, on both sides, since every frame carries its number.
+The channel is a directory; every member reads one pipe in it, its inbox, and writes into those of the others.
+There is no hub, so killing any process takes nothing from the others but its own frames, and any member may
+come first. Linux writes a record whole or not at all and packs them into pages, so a frame costs the kernel
+a copy and no message of its own. A full inbox makes the sender wait (back-pressure), but never longer than
+its limit: then the frame is counted as dropped for that member, on both sides, since the next record says so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import io
+import mmap
 import os
 import select
-import socket
 import struct
 import threading
 import time
@@ -27,51 +30,58 @@ import numpy as np
 import numpy.typing as npt
 from can.typechecking import CanFilters, Channel
 
-from tbox.bus.frames import DATA_BYTES_MAX, concatenated, pack_message, unpack_message
+from tbox.bus.frames import DATA_BYTES_MAX, pack_message, unpack_message
 from tbox.model import FRAME_BYTES, FRAME_DTYPE, NS_PER_S
 
 MEMBERS_MAX = 32  # each frame is written once for every other member
 SEND_WAIT_S = 1.0  # a member that reads nothing for this long loses frames until it reads again
 JOIN_WAIT_S = 5.0  # for the lock that lets members join one at a time
-JOIN_POLL_S = 0.01
-BACKLOG_MEMBERS = 1024  # joiners that a member has not looked at yet
-PAIR_BUFFER_BYTES = 4 * 1024 * 1024  # asked for; without privilege the kernel grants less (net.core.wmem_max)
-SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python does not name it
-MEMBER_SUFFIX = ".v1.sock"  # the version of the record below
-WRITE_ONLY_SUFFIX = "-w" + MEMBER_SUFFIX  # nobody sends to this one
-LOCK_NAME = "join.lock"
+POLL_S = 0.01  # of whoever waits for that lock, or for a member to come
+# Half a second of a CAN-FD bus at its highest rate; what anybody may ask for (fs.pipe-max-size). A user with
+# many pipes (fs.pipe-user-pages-soft) is granted less.
+INBOX_BYTES = 1024 * 1024
+INBOX_MODE = 0o622  # less the umask: who else may write may not read
+MEMBER_SUFFIX = ".v2.fifo"  # the version of the record below
+EARLIER_SUFFIX = ".v1.sock"  # members of releases that spoke through sockets
+# Locked by whoever joins. Holds how often somebody did, which tells a sender to look for new members.
+REGISTER_NAME = "members.v2"
+REGISTER = struct.Struct("<Q")
 
-# What travels: the frame's number on this pair, the monotonic time of sending (one clock for all processes of
-# a machine), the frame. Linux writes that much to a Unix stream whole or not at all.
-HEAD = struct.Struct("<Qq")
-RECORD_BYTES = HEAD.size + FRAME_BYTES
+# What travels: a mark; how many frames of the same sender this member missed since its last record, and
+# whether it is the sender itself; the monotonic time of sending (one clock for all processes of a machine);
+# the frame.
+HEAD = struct.Struct("<4sIq")
+RECORD = struct.Struct(f"<qq{FRAME_BYTES}s")  # with mark and notes in one number, negative for our own
+RECORD_DTYPE = np.dtype([("head", "<i8"), ("t_ns", "<i8"), ("frame", f"V{FRAME_BYTES}")])
+MARK = b"\xf7tb2"
+OWN = 1 << 31  # a note
+MISSED_MAX = OWN - 1
 LEN_AT = HEAD.size + 4  # of the frame's length byte in a record
-READ_RECORDS_MAX = 2048
+READ_RECORDS_MAX = 4096
 
 
-class _Peer:
-    """One end of a pair."""
+class _Member:
+    """A member as its sender sees it."""
 
-    __slots__ = ("expected", "lagging", "next_n", "sock")
+    __slots__ = ("fd", "lagging", "missed", "notes")
 
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        _widen(sock)
-        self.sock = sock
-        self.next_n = 0  # number of the next frame we offer
+    def __init__(self, fd: int, notes: int = 0) -> None:
+        self.fd = fd
+        self.notes = notes  # OWN for the sender itself
+        self.missed = 0  # frames it was too slow for and has not been told of
         self.lagging = False  # it made us wait the full time: no more waiting until it reads
-        self.expected = 0  # number of the next frame we should get
 
 
 class LocalBus(can.BusABC):
-    """python-can bus over a directory of Unix sockets; classic and FD frames.
+    """python-can bus over a directory of pipes; classic and FD frames.
 
     channel: directory of the bus, made if it is missing. receive=False: a member that only writes, to which
     nobody sends. Sending and receiving may each have a thread of their own.
-    Counters: dropped_out (frames a member did not take in time), dropped_in (frames that were numbered for
-    us and did not come), malformed (records that were no frames), unreached (members that did not answer),
-    unheard (frames sent while nobody else was on the bus: gone, as on a wire with nothing at its end).
-    buffer_bytes: what the kernel may hold of frames that a member has not read yet.
+    Counters: dropped_out (frames a member did not take in time), dropped_in (frames that we did not take in
+    time, as their senders say), malformed (stretches of what was no record, and records that hold no frame),
+    unreached (how often a member that came after us did not let us write to it), unheard (frames sent while
+    nobody else was on the bus: gone, as on a wire with nothing at its end).
+    buffer_bytes: what the kernel may hold of records (RECORD.size each) that we have not read yet.
     """
 
     def __init__(
@@ -87,130 +97,99 @@ class LocalBus(can.BusABC):
     ) -> None:
         self.channel_info = f"tbox:{channel}"
         self._can_protocol = can.CanProtocol.CAN_FD if fd else can.CanProtocol.CAN_20
-        self._receives = receive
         self._send_wait_s = send_wait_s
         self.dropped_out = self.dropped_in = self.malformed = self.unreached = self.unheard = 0
-        self._writers: dict[int, _Peer] = {}  # by file number: whom we send to
-        self._readers: dict[int, _Peer] = {}  # whom we hear
-        self._gone: list[_Peer] = []  # closed by whoever holds the send lock, so that no number is reused
-        self._membership = threading.RLock()
+        self._directory = Path(str(channel))
+        self._own = self._directory / f"{os.getpid()}-{uuid.uuid4().hex[:12]}{MEMBER_SUFFIX}"
+        self._others: dict[str, _Member] = {}  # by the name of their inbox
         self._sending = threading.Lock()
         self._ready: deque[can.Message] = deque()
-        self._buffer = bytearray(READ_RECORDS_MAX * RECORD_BYTES)
-        self._records = np.frombuffer(self._buffer, np.uint8).reshape(-1, RECORD_BYTES)
-        self._epoll = select.epoll()
-        self._directory = Path(str(channel))
-        self._own: Path | None = None
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.setblocking(False)
-        self.buffer_bytes = _widen(self._listener)
+        # Kept, and looked at in columns: a fresh buffer would be mapped and unmapped by every read.
+        self._buffer = memoryview(bytearray(READ_RECORDS_MAX * RECORD.size))
+        self._records = np.frombuffer(self._buffer, RECORD_DTYPE)
+        self._heads = self._buffer.cast("q")[:: RECORD.size // 8]
+        self._ordinary = memoryview(bytearray(MARK + bytes(4)) * READ_RECORDS_MAX).cast("q")
+        self._lengths = np.frombuffer(self._buffer, np.uint8)[LEN_AT :: RECORD.size]
+        self._cut = b""  # the beginning of a record whose end is still in the inbox
         self._arrivals = select.poll()
-        try:
-            self._join()
-        except OSError as error:
-            self._release()
-            raise can.CanInitializationError(
-                f"tbox bus {channel}: {error.strerror or error}; its channel is a directory of its own"
-            ) from error
-        except can.CanInitializationError:
-            self._release()
-            raise
-        if receive_own_messages:
-            self._add_loopback()
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._forget)
+            try:
+                self._join(opened, receive=receive)
+            except OSError as error:
+                raise can.CanInitializationError(
+                    f"tbox bus {channel}: {error.strerror or error}; its channel is a directory of its own"
+                ) from error
+            self._opened = opened.pop_all()
+        self._echo = _Member(self._inbox.fileno(), OWN) if receive_own_messages else None
         super().__init__(channel=channel, can_filters=can_filters)
 
     # --- joining and leaving ----------------------------------------------------------------------
 
-    def _join(self) -> None:
-        """Connect to every member that is there and take a place; one joiner at a time."""
+    def _join(self, opened: contextlib.ExitStack, *, receive: bool) -> None:
+        """Meet every member that is there and take a place; one joiner at a time."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        with _short_name(self._directory) as base, _join_lock(self._directory):
-            for member in sorted(self._directory.glob(f"*{MEMBER_SUFFIX}")):
-                self._connect(base, member)
-            if len(self._readers) + self.unreached >= MEMBERS_MAX:
+        with _register(self._directory) as register:
+            self._refuse_earlier_releases()
+            self._meet(joining=True)
+            if len(self._others) >= MEMBERS_MAX:
                 raise can.CanInitializationError(
                     f"tbox bus {self._directory}: {MEMBERS_MAX} members are its limit; close one"
                 )
-            suffix = MEMBER_SUFFIX if self._receives else WRITE_ONLY_SUFFIX
-            self._own = self._directory / f"{os.getpid()}-{uuid.uuid4().hex[:12]}{suffix}"
-            self._listener.bind(f"{base}/{self._own.name}")
-            self._listener.listen(BACKLOG_MEMBERS)
-        self._arrivals.register(self._listener, select.POLLIN)
-        self._epoll.register(self._listener, select.EPOLLIN)
+            if receive:
+                os.mkfifo(self._own, INBOX_MODE)
+                opened.callback(self._own.unlink, missing_ok=True)
+            # Opened for both ways, it never ends, whoever comes and goes.
+            inbox = os.open(self._own, os.O_RDWR | os.O_NONBLOCK) if receive else _nameless_pipe()
+            self._inbox = opened.enter_context(io.FileIO(inbox, "r+"))
+            self.buffer_bytes = _widen(inbox)
+            self._arrivals.register(inbox, select.POLLIN)
+            # Last of all: who sees the new number finds a member that is ready.
+            (joins,) = REGISTER.unpack(os.pread(register, REGISTER.size, 0).ljust(REGISTER.size, b"\0"))
+            os.pwrite(register, REGISTER.pack(joins + 1), 0)
+            self._joins = opened.enter_context(mmap.mmap(register, REGISTER.size, prot=mmap.PROT_READ))
+            self._seen = self._joins[:]
 
-    def _connect(self, base: str, member: Path) -> None:
-        """Pair up with a member; a socket that nobody listens on is what a killed process left behind."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        try:
-            sock.connect(f"{base}/{member.name}")
-        except (ConnectionRefusedError, FileNotFoundError):
-            sock.close()
-            member.unlink(missing_ok=True)
-        except BlockingIOError:  # it has not looked at its joiners for a thousand of them
-            sock.close()
-            self.unreached += 1
-        else:
-            self._add(sock, writes=not member.name.endswith(WRITE_ONLY_SUFFIX))
+    def _refuse_earlier_releases(self) -> None:
+        """We and members that speak through sockets would not hear each other."""
+        for path in self._directory.glob(f"*{EARLIER_SUFFIX}"):
+            pid = path.name.partition("-")[0]
+            if Path("/proc", pid).exists():
+                raise can.CanInitializationError(
+                    f"tbox bus {self._directory}: process {pid} is of an earlier release, which this one "
+                    f"does not understand; end it (or remove {path.name}, if it is not on this bus)"
+                )
 
-    def _add(self, sock: socket.socket, *, writes: bool = True, reads: bool = True) -> None:
-        peer = _Peer(sock)
-        with self._membership:
-            if writes:
-                self._writers[sock.fileno()] = peer
-            if reads:
-                self._readers[sock.fileno()] = peer
-                self._epoll.register(sock, select.EPOLLIN if self._receives else 0)
-        if not self._receives:
-            sock.shutdown(socket.SHUT_RD)  # the other end gets EPIPE and stops sending to us
+    def _meet(self, *, joining: bool = False) -> None:
+        """Open the inboxes of members that are new to us. Joiners clear away what killed ones left behind."""
+        for path in self._directory.glob(f"*{MEMBER_SUFFIX}"):
+            if path.name in self._others or path == self._own:
+                continue
+            try:
+                self._others[path.name] = _Member(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            except FileNotFoundError:
+                continue  # it has just left
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nobody reads it: killed, or not quite here yet
+                    if joining:
+                        path.unlink(missing_ok=True)
+                elif joining:
+                    raise
+                else:
+                    self.unreached += 1
 
-    def _add_loopback(self) -> None:
-        ours, echo = socket.socketpair()
-        self._add(ours, reads=False)
-        self._add(echo, writes=False)
-        self._loopback = echo.fileno()
-
-    def _accept(self) -> None:
-        """Take in members that came after us."""
-        with self._membership:
-            while True:
-                try:
-                    sock, _ = self._listener.accept()
-                except (BlockingIOError, ConnectionAbortedError):
-                    return
-                self._add(sock)
-
-    def _part(self, peer: _Peer) -> None:
-        """The other end is gone, or spoke nonsense."""
-        with self._membership:
-            self._writers.pop(peer.sock.fileno(), None)
-            if self._readers.pop(peer.sock.fileno(), None):
-                self._epoll.unregister(peer.sock)
-            self._gone.append(peer)
-
-    def _bury(self) -> None:
-        """Close the pairs that are gone; the caller holds the send lock."""
-        while self._gone:
-            self._gone.pop().sock.close()
-
-    def _release(self) -> None:
-        if self._own is not None:
-            self._own.unlink(missing_ok=True)
-        self._listener.close()
-        for peer in {**self._writers, **self._readers}.values():
-            peer.sock.close()
-        self._writers.clear()
-        self._readers.clear()
-        self._bury()
-        self._epoll.close()
+    def _forget(self) -> None:
+        for member in self._others.values():
+            os.close(member.fd)
+        self._others.clear()
 
     def shutdown(self) -> None:
         """Leave the bus. What was sent stays readable for the others."""
         if self._is_shutdown:
             return
         super().shutdown()
-        with self._sending, self._membership:
-            self._release()
+        with self._sending:
+            self._opened.close()
 
     # --- sending ----------------------------------------------------------------------------------
 
@@ -218,7 +197,7 @@ class LocalBus(can.BusABC):
         """Give one frame to every other member; waits for slow ones up to `timeout` (default SEND_WAIT_S).
 
         Raises CanOperationError when the bus is closed or the frame is not one. A frame that a member did not
-        take in time is counted in `dropped_out`, and the member sees the gap in its `dropped_in`.
+        take in time is counted in `dropped_out`, and in the member's `dropped_in` with the next it takes.
         """
         try:
             frame = pack_message(msg)
@@ -230,36 +209,59 @@ class LocalBus(can.BusABC):
 
     def send_packed(self, frame: bytes, timeout: float | None = None) -> None:
         """Do the same for one packed struct canfd_frame."""
+        assert len(frame) == FRAME_BYTES, f"{len(frame)} bytes are no frame"
         deadline_s = time.monotonic() + (self._send_wait_s if timeout is None else timeout)
         with self._sending:
-            if self._is_shutdown:
-                raise can.CanOperationError("the bus is closed")
-            if self._arrivals.poll(0):
-                self._accept()
-            t_ns = time.monotonic_ns()
-            self.unheard += not self._writers
-            for peer in tuple(self._writers.values()):
-                # The number is used up whether the frame is taken or not: a gap is what shows a drop.
-                record = HEAD.pack(peer.next_n, t_ns) + frame
-                peer.next_n += 1
+            self._look()
+            self.unheard += not self._others
+            record = HEAD.pack(MARK, 0, time.monotonic_ns()) + frame
+            for name, member in tuple(self._others.items()):
                 try:
-                    self.dropped_out += not _write(peer, record, deadline_s)
-                except (BrokenPipeError, ConnectionResetError):
-                    self._stop_writing_to(peer)
-            self._bury()
+                    self._offer(member, record, deadline_s)
+                except BrokenPipeError:  # it is gone
+                    os.close(self._others.pop(name).fd)
+            if self._echo is not None:
+                self._offer(self._echo, record, deadline_s)
+
+    def _look(self) -> None:
+        """Meet who joined since we last looked; the caller holds the send lock."""
+        if self._is_shutdown:
+            raise can.CanOperationError("the bus is closed")
+        joins = self._joins[:]
+        if joins != self._seen:
+            self._meet()
+            self._seen = joins  # as it was before we looked: who came meanwhile is looked for next time
+
+    def _offer(self, member: _Member, record: bytes, deadline_s: float) -> None:
+        """Write a record, waiting for room while the member still reads; else count it, on both sides."""
+        told = min(member.missed, MISSED_MAX)
+        if notes := told | member.notes:
+            record = MARK + notes.to_bytes(4, "little") + record[8:]
+        while True:
+            try:
+                os.write(member.fd, record)
+            except BlockingIOError:
+                left_s = deadline_s - time.monotonic()
+                if member.lagging or left_s <= 0 or not _room(member.fd, left_s):
+                    member.lagging = True
+                    member.missed += 1
+                    self.dropped_out += 1
+                    return
+            else:
+                member.missed -= told
+                member.lagging = False
+                return
 
     def wait_for_listener(self, timeout_s: float) -> bool:
         """Wait until some member takes frames; False if none came in time."""
-        if not self._writers and self._arrivals.poll(timeout_s * 1000):
-            self._accept()
-        return bool(self._writers)
-
-    def _stop_writing_to(self, peer: _Peer) -> None:
-        """It takes no more frames: gone, or a member that only writes. Its end of file will say which."""
-        with self._membership:
-            self._writers.pop(peer.sock.fileno(), None)
-            if not self._receives:
-                self._part(peer)
+        until_s = time.monotonic() + timeout_s
+        while True:
+            with self._sending:
+                self._look()
+            left_s = until_s - time.monotonic()
+            if self._others or left_s <= 0:
+                return bool(self._others)
+            time.sleep(min(POLL_S, left_s))
 
     # --- receiving --------------------------------------------------------------------------------
 
@@ -268,142 +270,129 @@ class LocalBus(can.BusABC):
     ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64], npt.NDArray[np.bool_]] | None:
         """Return what the other members sent: frames (n,) FRAME_DTYPE, monotonic ns, whether it is our own.
 
-        Waits up to timeout_s for the first frame (None: for ever), then gather_s for more: one wait and one
-        read, for on a busy bus waking up costs more than reading. None on time-out.
+        In the order in which they came; the times of two senders may cross by the moment between stamping and
+        writing. Waits up to timeout_s for the first frame (None: for ever), then gather_s for more: one wait
+        and one read, for on a busy bus waking up costs more than reading. None on time-out.
         """
-        until_s = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
-            peers = self._events(left_s)
-            if peers and gather_s > 0:
-                time.sleep(gather_s)
-                # Asking one pair costs less than asking which of them has something.
-                peers = peers if len(self._readers) == 1 else self._events(0)
-            parts = [part for part in map(self._drain, peers) if part is not None]
-            if len(parts) == 1:  # in order already
-                frames, t_ns, mine = parts[0]
-                return frames, t_ns, np.full(len(t_ns), mine)
-            if parts:
-                frames = concatenated([part[0] for part in parts])
-                t_ns = np.concatenate([part[1] for part in parts])
-                own = np.repeat([mine for *_, mine in parts], [len(part[1]) for part in parts])
-                order = np.argsort(t_ns, kind="stable")
-                return frames[order], t_ns[order], own[order]
-            if left_s is not None and left_s <= 0:
-                return None
-
-    def _events(self, timeout_s: float | None) -> list[_Peer]:
-        """Wait; take in new members; return the pairs that have something to read."""
-        if self._is_shutdown:
-            raise can.CanOperationError("the bus is closed")
-        events = self._epoll.poll(timeout_s)
-        if any(number == self._listener.fileno() for number, _ in events):
-            self._accept()
-            events = self._epoll.poll(0)  # what new members have sent already is there to be read
-        return [self._readers[number] for number, _ in events if number in self._readers]
-
-    def _drain(self, peer: _Peer) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64], bool] | None:
-        """Read what one pair holds and count what is missing in it; None when it holds no frame.
-
-        The buffer is kept and worked as bytes: a fresh one would be mapped and unmapped by every read, and
-        numpy copies structs field by field.
-        """
-        try:
-            count, rest = divmod(peer.sock.recv_into(self._buffer), RECORD_BYTES)
-        except BlockingIOError:
-            return None
-        except OSError:
-            count, rest = 0, 0
-        if not count or rest:
-            self.malformed += bool(count or rest)
-            self._part(peer)
-            if self._sending.acquire(blocking=False):
-                self._bury()
-                self._sending.release()
+        count = self._receive(timeout_s, gather_s)
+        if not count:
             return None
         records = self._records[:count]
-        last = int.from_bytes(records[-1, :8], "little")
-        self.dropped_in += max(0, last + 1 - peer.expected - count)
-        peer.expected = last + 1
-        sound = records[:, LEN_AT] <= DATA_BYTES_MAX
-        if not sound.all():
-            self.malformed += count - int(np.count_nonzero(sound))
-            records = records[sound]
-        frames = records[:, HEAD.size :].copy().view(FRAME_DTYPE).reshape(-1)
-        t_ns = records[:, 8 : HEAD.size].copy().view(np.int64).reshape(-1)
-        return frames, t_ns, peer.sock.fileno() == getattr(self, "_loopback", -1)
+        return records["frame"].copy().view(FRAME_DTYPE), records["t_ns"].copy(), records["head"] < 0
+
+    def _receive(self, timeout_s: float | None, gather_s: float = 0.0) -> int:
+        """Wait, gather, read; return how many frames are in the buffer, 0 on time-out."""
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            if self._is_shutdown:
+                raise can.CanOperationError("the bus is closed")
+            left_s = None if until_s is None else max(0.0, until_s - time.monotonic())
+            if self._arrivals.poll(None if left_s is None else left_s * 1000):
+                if gather_s > 0:
+                    time.sleep(gather_s)
+                if count := self._read():
+                    return count
+            if left_s is not None and left_s <= 0:
+                return 0
+
+    def _read(self) -> int:
+        """Read from the inbox; return how many sound records are at the buffer's head, and count the rest."""
+        begin = len(self._cut)
+        self._buffer[:begin] = self._cut
+        try:
+            size = begin + (self._inbox.readinto(self._buffer[begin:]) or 0)
+        except ValueError:  # closed meanwhile
+            raise can.CanOperationError("the bus is closed") from None
+        count, rest = divmod(size, RECORD.size)
+        # Without numpy, whose first comparison after a wait costs more than reading.
+        plain = not rest and self._heads[:count] == self._ordinary[:count]
+        if plain and (self._lengths[:count] <= DATA_BYTES_MAX).all():
+            self._cut = b""
+            return count
+        return self._sift(size)
+
+    def _sift(self, size: int) -> int:
+        """Count what records note and what is none: another program's words may stand between them."""
+        raw = bytes(self._buffer[:size])
+        sound = []
+        at = 0
+        while (begin := raw.find(MARK, at)) >= 0:
+            self.malformed += begin > at
+            at = begin + RECORD.size
+            if at > size:
+                break
+            _, notes, _ = HEAD.unpack_from(raw, begin)
+            self.dropped_in += notes & MISSED_MAX
+            if raw[begin + LEN_AT] <= DATA_BYTES_MAX:
+                sound.append(raw[begin:at])
+            else:
+                self.malformed += 1
+        else:
+            self.malformed += at < size
+            begin = size
+        self._cut = raw[begin:]
+        self._buffer[: len(sound) * RECORD.size] = b"".join(sound)
+        return len(sound)
 
     def _recv_internal(self, timeout: float | None) -> tuple[can.Message | None, bool]:
-        if not self._ready and (got := self.recv_frames(timeout)):
-            frames, t_ns, own = got
+        if not self._ready and (count := self._receive(timeout)):
             # python-can's time stamps are Unix time.
             offset_ns = time.time_ns() - time.monotonic_ns()
             self._ready.extend(
-                unpack_message(frame.tobytes(), (t + offset_ns) / NS_PER_S, is_rx=not mine)
-                for frame, t, mine in zip(frames, t_ns.tolist(), own.tolist(), strict=True)
+                unpack_message(frame, (t_ns + offset_ns) / NS_PER_S, is_rx=head >= 0)
+                for head, t_ns, frame in RECORD.iter_unpack(self._buffer[: count * RECORD.size])
             )
         return (self._ready.popleft(), False) if self._ready else (None, False)
 
     def fileno(self) -> int:
         """Return a number to poll; frames that recv() has read ahead do not show on it."""
-        return self._epoll.fileno()
+        return self._inbox.fileno()
 
 
-def _widen(sock: socket.socket) -> int:
-    """Raise a socket's send buffer; return what the kernel granted, to this one as to any other member's."""
+def _nameless_pipe() -> int:
+    """Return a pipe that nobody finds, opened for both ways as an inbox is."""
+    ends = os.pipe()
     try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, PAIR_BUFFER_BYTES)
-    except PermissionError:  # then up to net.core.wmem_max
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PAIR_BUFFER_BYTES)
-    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        return os.open(f"/proc/self/fd/{ends[0]}", os.O_RDWR | os.O_NONBLOCK)
+    finally:
+        for end in ends:
+            os.close(end)
 
 
-def _write(peer: _Peer, record: bytes, deadline_s: float) -> bool:
-    """Write one record, waiting for room while the member still reads. False: it was not taken in time."""
-    while True:
+def _widen(fd: int) -> int:
+    """Raise what a pipe holds as far as the kernel grants it; return what it did."""
+    size = INBOX_BYTES
+    while size > fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ):
         try:
-            sent = peer.sock.send(record)
-        except BlockingIOError:
-            left_s = deadline_s - time.monotonic()
-            if peer.lagging or left_s <= 0 or not _room(peer.sock, left_s):
-                peer.lagging = True
-                return False
-        else:
-            if sent != RECORD_BYTES:  # half a record: nothing after it could be read
-                raise ConnectionResetError
-            peer.lagging = False
-            return True
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, size)
+        except PermissionError:
+            size //= 2
+    return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
 
 
-def _room(sock: socket.socket, timeout_s: float) -> bool:
+def _room(fd: int, timeout_s: float) -> bool:
     poll = select.poll()
-    poll.register(sock, select.POLLOUT)
+    poll.register(fd, select.POLLOUT)
     return bool(poll.poll(timeout_s * 1000))
 
 
 @contextlib.contextmanager
-def _short_name(directory: Path) -> Iterator[str]:
-    """Name a directory in few characters: the path of a Unix socket holds 107 at most."""
-    number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _register(directory: Path) -> Iterator[int]:
+    """Open the register and let one process join at a time; the lock dies with its process."""
+    fd = os.open(directory / REGISTER_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield f"/proc/self/fd/{number}"
-    finally:
-        os.close(number)
-
-
-@contextlib.contextmanager
-def _join_lock(directory: Path) -> Iterator[None]:
-    """Let one process join at a time, so that every pair meets exactly once; dies with its process."""
-    with (directory / LOCK_NAME).open("w") as file:
         until_s = time.monotonic() + JOIN_WAIT_S
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > until_s:
                     raise can.CanInitializationError(
                         f"tbox bus {directory}: another process has been joining for {JOIN_WAIT_S:g} s"
                     ) from None
-                time.sleep(JOIN_POLL_S)
-        yield
+                time.sleep(POLL_S)
+        yield fd
+        fcntl.flock(fd, fcntl.LOCK_UN)  # what maps the register would keep it locked
+    finally:
+        os.close(fd)

@@ -16,7 +16,7 @@ import structlog
 from tbox.bus.backoff import Backoff
 from tbox.bus.frames import frames_of, message_of, pack_message
 from tbox.bus.intake import Intake
-from tbox.bus.local import LocalBus
+from tbox.bus.local import RECORD, LocalBus
 from tbox.bus.spec import BATCH_FRAMES_MAX, BusCounters, BusError, BusSpec, Pace
 from tbox.model import NS_PER_S, BusState, CanSend, FrameBatch
 
@@ -116,7 +116,8 @@ class PythonCanReader:
         self, bus: LocalBus, timeout_s: float
     ) -> tuple[npt.NDArray[np.void], npt.NDArray[np.int64]]:
         """Do the same without a Python object a frame; the bus's stamps are monotonic already."""
-        got = bus.recv_frames(timeout_s, self._spec.gather_s(self.pace, bus.buffer_bytes))
+        gather_s = self._spec.gather_s(self.pace, bus.buffer_bytes // RECORD.size)
+        got = bus.recv_frames(timeout_s, gather_s)
         counters = self._counters
         counters.kernel_dropped = self._before["dropped_in"] + bus.dropped_in
         malformed = self._before["malformed"] + bus.malformed

@@ -52,7 +52,8 @@ CAN_ERR_MASK = 0x1FFF_FFFF
 CAN_RAW_FILTER_MAX = 512
 CAN_MTU = 16
 CANFD_MTU = FRAME_BYTES
-RING_FRAMES = 2048  # what the highest rate of a CAN-FD bus brings while a calm reader gathers
+RING_FRAMES = 4096  # what the highest rate of a CAN-FD bus brings while a calm reader gathers
+KERNEL_FRAME_BYTES = 832  # what the kernel books in the receive buffer for a frame it holds
 SO_RCVBUFFORCE = 33
 SO_RXQ_OVFL = 40
 SO_MEMINFO = 55
@@ -188,7 +189,8 @@ class SocketCanReader:
             if not self._poll.poll(timeout_s * 1000):
                 self._ask_overflow(self._sock)
                 return None
-            time.sleep(self._spec.gather_s(self.pace, self._counters.rcvbuf_bytes or 0))
+            borne = (self._counters.rcvbuf_bytes or 0) // KERNEL_FRAME_BYTES
+            time.sleep(self._spec.gather_s(self.pace, borne))
         return self._read(self._sock)
 
     def _read(self, sock: socket.socket) -> FrameBatch | None:

@@ -14,11 +14,11 @@ from tbox.model import BusState, CanSend, FrameBatch
 # After the first frame a reader gathers this long, so that a batch pays for the work done once per batch.
 GATHER_MS_MAX = 10
 GATHER_MS_HURRIED = 3  # while an isolation request may hang on the next frame
-GATHER_MS_CALM = 90  # while nothing presses: just within the 100 ms at which the edge wants its steps
-# Gathering may fill a quarter of the kernel's buffer at the highest rate of a CAN-FD bus.
+GATHER_MS_CALM = 160  # while nothing presses: just within the time in which the edge wants its steps
+# Gathering may fill a third of the kernel's buffer at the highest rate of a CAN-FD bus: a stall of 200 ms
+# still fits beside it in a pipe of 1 MiB.
 LINE_RATE_HZ = 23_800  # 8-byte frames at 1M/8M (FACTS)
-KERNEL_FRAME_BYTES = 832  # what the kernel books for a frame it holds
-BUFFER_SHARE = 1 / 4
+BUFFER_SHARE = 1 / 3
 # A batch never grows beyond this: 20 ms of a CAN-FD bus saturated with short frames (FACTS: 23,800/s).
 BATCH_FRAMES_MAX = 512
 # 200 ms at 23,000 frames/s are 4,600 frames, in the kernel's books 4 MiB.
@@ -63,10 +63,10 @@ class BusSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def name(self) -> str:
         return f"{self.interface}:{self.channel}"
 
-    def gather_s(self, pace: Pace, buffer_bytes: int = 0) -> float:
-        """Return how long a reader gathers. buffer_bytes: of the kernel's, which bounds a calm one."""
+    def gather_s(self, pace: Pace, buffer_frames: int = 0) -> float:
+        """Return how long a reader gathers. buffer_frames: what the kernel holds, which bounds a calm one."""
         if pace is Pace.CALM:
-            borne_ms = 1000 * BUFFER_SHARE * buffer_bytes / KERNEL_FRAME_BYTES / LINE_RATE_HZ
+            borne_ms = 1000 * BUFFER_SHARE * buffer_frames / LINE_RATE_HZ
             return max(self.gather_ms, min(GATHER_MS_CALM, borne_ms)) / 1000
         return (min(self.gather_ms, GATHER_MS_HURRIED) if pace is Pace.HURRIED else self.gather_ms) / 1000
 

@@ -24,7 +24,7 @@ from tbox.toml import TomlError
 if TYPE_CHECKING:
     from tbox.agent import Agent
 
-SUPERVISE_S = 0.25
+SUPERVISE_S = 0.5
 # The pipeline must wake within milliseconds of a frame though another thread computes (PITFALLS: GIL).
 SWITCH_INTERVAL_S = 0.001
 # glibc's malloc.h: what it keeps of freed memory, and from which size on an array is mapped by itself.

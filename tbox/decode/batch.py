@@ -1,18 +1,20 @@
 """Decodes whole batches of mixed frames at once with numpy, bit for bit as cantools does. Judges no value.
 
-For every (frame, signal) pair the table row and the byte address are laid out flat; one gather of unaligned
-64-bit words then yields all raw values. No grouping by id, no Python per frame, except for the messages that
-only cantools can say.
+The kernel goes frame by frame where there is one. numpy does the same so: for every (frame, signal) pair the
+table row and the byte address are laid out flat; one gather of unaligned 64-bit words then yields all raw
+values. No grouping by id, no Python per frame, except for the messages that only cantools can say.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from tbox import kernel
 from tbox.decode.table import (
     KIND_F16,
     KIND_F32,
@@ -44,30 +46,75 @@ class Fallback(NamedTuple):
     error: str = ""
 
 
-class Decoded(NamedTuple):
+class Outcome(NamedTuple):
+    """How many frames had no plan, were malformed, and were shorter than their message."""
+
+    unknown: int
+    malformed: int
+    short: int
+
+
+class Details(NamedTuple):
+    """Where each of k samples came from.
+
+    frame, row: (k,) indices into the batch and table. raw: (k,) int64 raw values (a float's bits).
+    """
+
+    frame: IntArray
+    row: IntArray
+    raw: IntArray
+
+
+@dataclass(slots=True)
+class Decoded:
     """What a batch of n frames holds: k samples in frame order, in cantools' order within a frame.
 
     plan: (n,) the plan each frame ended in (UNKNOWN_PLAN, MALFORMED_PLAN or one that says its message).
-    short: (n,) the payload was shorter than the message. frame, row: (k,) indices into the batch and table.
-    raw: (k,) int64 raw values (a float's bits). value: (k,) float64. fallback: what cantools decoded instead;
-    its samples are not among the k.
+    short: (n,) the payload was shorter than the message.
+    value: (k,) float64. column: (k,) int64, of the table. t_ns: (k,) the time of each sample's frame.
+    inside: every raw value is known to be in its row's span. look: returns the details, which hardly anybody
+    asks for. fallback: what cantools decoded instead; its samples are not among the k.
+    outcome: of the frames, where it is known already.
     """
 
     plan: IntArray
     short: npt.NDArray[np.bool_]
-    frame: IntArray
-    row: IntArray
-    raw: IntArray
     value: npt.NDArray[np.float64]
-    fallback: list[Fallback]
+    column: IntArray
+    t_ns: IntArray
+    look: Callable[[], Details]
+    inside: bool = False
+    fallback: list[Fallback] = field(default_factory=list)
+    outcome: Outcome | None = None
+    _details: Details | None = None
+
+    def _seen(self) -> Details:
+        if self._details is None:
+            self._details = self.look()
+        return self._details
+
+    @property
+    def frame(self) -> IntArray:
+        return self._seen().frame
+
+    @property
+    def row(self) -> IntArray:
+        return self._seen().row
+
+    @property
+    def raw(self) -> IntArray:
+        return self._seen().raw
 
 
 class Decoder:
-    """A table at work. `decode` never raises for what a frame holds."""
+    """A table at work, as it is now. `decode` never raises for what a frame holds."""
 
     def __init__(self, table: SignalTable) -> None:
         self.table = table
         self._needs = _needs(table)
+        self._rows = _rows(table)
+        self._plans_packed = _plans(table, self._needs).view(np.uint8)
+        self._rows_packed = self._rows.view(np.uint8)
         self._selects = table.selector_row >= 0
         self._any_big_selector = bool(table.big[table.selector_row[self._selects]].any())
         self._no_ids = (np.array([NO_ID], np.uint32), np.zeros(1, np.int64))
@@ -78,12 +125,20 @@ class Decoder:
         self._lean: dict[int, _Lean] = {}
         self._zeros = np.zeros(int(table.count.max(initial=0)), np.int64)  # read only
 
-    def decode(self, channel: int, frames: npt.NDArray[np.void]) -> Decoded:
-        """Decode frames of one bus. frames: (n,) model.FRAME_DTYPE."""
+    def expect(self, low: IntArray, span: npt.NDArray[np.uint64]) -> None:
+        """Say between which raw values, low to low + span, each row's readings lie: see `Decoded.inside`."""
+        self._rows["low"], self._rows["span"] = low, span
+
+    def decode(self, channel: int, frames: npt.NDArray[np.void], t_ns: IntArray | None = None) -> Decoded:
+        """Decode frames of one bus. frames: (n,) model.FRAME_DTYPE. t_ns: (n,) their times, else 0."""
         if not frames.flags.c_contiguous:
             frames = np.ascontiguousarray(frames)
+        if t_ns is None:
+            t_ns = np.zeros(len(frames), np.int64)
+        if kernel.compiled is not None:
+            return self._decode_compiled(kernel.compiled, channel, frames, t_ns)
         if len(frames) <= FEW_FRAMES:
-            return self._decode_few(channel, frames)
+            return self._decode_few(channel, frames, t_ns)
         table = self.table
         words = words_of(frames)
         lengths = frames["len"]
@@ -99,8 +154,47 @@ class Decoder:
             frame, row = frame[whole], row[whole]
         raw = self._raw(words, frame, row, needs)
         value = self._values(raw, row, needs)
+        return self._decoded(frames, t_ns, plan, short, needs, Details(frame, row, raw), value)
+
+    def _decoded(
+        self, frames: npt.NDArray[np.void], t_ns: IntArray, plan: IntArray, short: npt.NDArray[np.bool_],
+        needs: int, details: Details, value: npt.NDArray[np.float64],
+    ) -> Decoded:  # fmt: skip
         fallback = self._cantools(frames, plan, short) if needs & NEEDS_CANTOOLS else []
-        return Decoded(plan, short, frame, row, raw, value, fallback)
+        column, times = self.table.column.take(details.row), t_ns.take(details.frame)
+        return Decoded(plan, short, value, column, times, lambda: details, fallback=fallback)
+
+    def _decode_compiled(
+        self, work: kernel.Kernel, channel: int, frames: npt.NDArray[np.void], t_ns: IntArray
+    ) -> Decoded:
+        table = self.table
+        block = frames.view(np.uint8)
+        plan, short = np.empty(len(frames), np.int64), np.empty(len(frames), np.bool_)
+        keys, roots = table.roots.get(channel, self._no_ids)
+        samples, needs, *outcome = work.plans(
+            block, keys, roots, self._plans_packed, self._rows_packed, table.selector_plan, plan, short
+        )
+        value, column, times = np.empty(samples), np.empty(samples, np.int64), np.empty(samples, np.int64)
+        found, inside = work.decode(
+            block, t_ns, plan, self._plans_packed, self._rows_packed, value, column, times
+        )
+        if found < samples:  # short frames
+            value, column, times = value[:found], column[:found], times[:found]
+        rest = plan.copy() if needs & NEEDS_CANTOOLS else plan  # cantools may find a frame malformed yet
+
+        def look() -> Details:
+            frame, row, raw = np.empty((3, samples), np.int64)
+            work.details(block, rest, self._plans_packed, self._rows_packed, frame, row, raw)
+            return Details(frame[:found], row[:found], raw[:found])
+
+        decoded = Decoded(plan, short, value, column, times, look, inside)
+        if not needs & NEEDS_CANTOOLS:
+            decoded.outcome = Outcome(*outcome)
+        if needs & NEEDS_KIND:
+            decoded.value = self._values(decoded.raw, decoded.row, needs)
+        if needs & NEEDS_CANTOOLS:
+            decoded.fallback = self._cantools(frames, plan, short)
+        return decoded
 
     def raw(self, frames: npt.NDArray[np.void], frame: IntArray, row: IntArray) -> IntArray:
         """Return raw values by (index into frames, table row)."""
@@ -174,7 +268,7 @@ class Decoder:
 
     # --- few frames: no flat layout, the rows of a plan lie side by side already ------------------------
 
-    def _decode_few(self, channel: int, frames: npt.NDArray[np.void]) -> Decoded:
+    def _decode_few(self, channel: int, frames: npt.NDArray[np.void], t_ns: IntArray) -> Decoded:
         words = words_of(frames)
         lengths = frames["len"].tolist()
         roots = self._root_of.get(channel, {})
@@ -193,15 +287,14 @@ class Decoder:
                 parts.append(self._decode_lean(words, index, lengths[index], lean))
         plan = np.array(plans, np.int64)
         short = np.array(shorts, np.bool_)
-        fallback = self._cantools(frames, plan, short) if needs & NEEDS_CANTOOLS else []
         if len(parts) == 1:
             index, row, raw, value = parts[0]
             frame = np.full(len(row), index) if index else self._zeros[: len(row)]
-            return Decoded(plan, short, frame, row, raw, value, fallback)
+            return self._decoded(frames, t_ns, plan, short, needs, Details(frame, row, raw), value)
         frame = np.array([part[0] for part in parts], np.int64).repeat([len(part[1]) for part in parts])
         row, raw = _joined([part[1] for part in parts]), _joined([part[2] for part in parts])
         value = np.concatenate([part[3] for part in parts]) if parts else np.zeros(0)
-        return Decoded(plan, short, frame, row, raw, value, fallback)
+        return self._decoded(frames, t_ns, plan, short, needs, Details(frame, row, raw), value)
 
     def _lean_of(self, plan: int) -> _Lean:
         lean = self._lean.get(plan)
@@ -367,3 +460,21 @@ def _needs(table: SignalTable) -> npt.NDArray[np.uint8]:
             | NEEDS_KIND * bool((table.kind[rows] != KIND_INT).any())
         )
     return needs
+
+
+def _rows(table: SignalTable) -> npt.NDArray[np.void]:
+    """Return the table's rows as the kernel wants them, every raw value expected."""
+    rows = np.zeros(len(table.byte), kernel.ROW)
+    for name in ("mask", "half", "scale", "add", "column", "byte", "shift", "big", "need_bytes"):
+        rows[name] = getattr(table, name)
+    rows["low"], rows["span"] = np.iinfo(np.int64).min, np.iinfo(np.uint64).max
+    return rows
+
+
+def _plans(table: SignalTable, needs: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
+    """Return the table's plans as the kernel wants them."""
+    plans = np.zeros(len(table.plan_info), kernel.PLAN)
+    for name in ("start", "count", "selector_row", "selector_base", "selector_size", "length"):
+        plans[name] = getattr(table, name)
+    plans["needs"] = needs
+    return plans

@@ -84,13 +84,18 @@ class CrcInput:
 
 
 class CrcTable:
-    """The CRCs of several messages, as one table for all."""
+    """The CRCs of several messages, as one table for all.
+
+    table: what bytes add, 256 values for each distance of each model. base: (messages, width) where in it
+    those of a payload byte begin. constant: of each message, what is added to them. width: bytes of the
+    longest message.
+    """
 
     def __init__(self, inputs: list[CrcInput]) -> None:
         nothing = np.zeros((1, 256), np.uint16)
         blocks = [nothing]
-        self._base = np.zeros((len(inputs), PAYLOAD_BYTES_MAX), np.int64)
-        self._constant = np.zeros(len(inputs), np.uint16)
+        self.base = np.zeros((len(inputs), PAYLOAD_BYTES_MAX), np.int64)
+        self.constant = np.zeros(len(inputs), np.uint16)
         starts: dict[CrcModel, int] = {}
         size = 1
         for n, one in enumerate(inputs):
@@ -101,16 +106,16 @@ class CrcTable:
             covered = one.covered()
             for place, byte in enumerate(covered):
                 distance = len(covered) - 1 - place + len(one.after)
-                self._base[n, byte] = (starts[one.model] + distance) * 256
+                self.base[n, byte] = (starts[one.model] + distance) * 256
             zeros = bytes(len(covered))
-            self._constant[n] = crc_of(one.model, one.before + zeros + one.after)
-        self._table = np.concatenate(blocks).ravel()
-        self._width = max((i.payload_bytes for i in inputs), default=0)
-        self._base = np.ascontiguousarray(self._base[:, : self._width])
+            self.constant[n] = crc_of(one.model, one.before + zeros + one.after)
+        self.table = np.concatenate(blocks).ravel()
+        self.width = max((i.payload_bytes for i in inputs), default=0)
+        self.base = np.ascontiguousarray(self.base[:, : self.width])
 
     def crcs(self, message: npt.NDArray[np.int64], payload: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
         """Return the CRC of each payload (n, 64), given which of the messages it is (n,)."""
-        place = self._base.take(message, axis=0)
-        place += payload[:, : self._width]
-        crcs: npt.NDArray[np.uint16] = np.bitwise_xor.reduce(self._table.take(place), axis=1)
-        return crcs ^ self._constant.take(message)
+        place = self.base.take(message, axis=0)
+        place += payload[:, : self.width]
+        crcs: npt.NDArray[np.uint16] = np.bitwise_xor.reduce(self.table.take(place), axis=1)
+        return crcs ^ self.constant.take(message)

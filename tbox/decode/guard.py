@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tbox import kernel
 from tbox.decode.batch import Decoded, Decoder, where_, words_of
 from tbox.decode.crc import (
     E2E_P1,
@@ -61,10 +62,13 @@ class FrameGuard:
         self._last = np.zeros(len(protections), np.int64)
         self._last_ns = np.full(len(protections), NEVER_NS, np.int64)
         self._last_payload = np.zeros((len(protections), PAYLOAD_BYTES_MAX), np.uint8)
+        self._lost = np.zeros(len(protections), np.int64)  # room for what one batch shows
         self.lost: dict[str, int] = {}
 
     def judge(self, batch: FrameBatch, decoded: Decoded) -> npt.NDArray[np.uint8] | None:
-        """Return the validity of each frame (0: nothing against it); None when no frame is protected."""
+        """Return the validity of each frame (0: nothing against it); None when nothing is against any."""
+        if kernel.compiled is not None:
+            return self._judge_compiled(kernel.compiled, batch, decoded)
         message = self._of_plan.take(decoded.plan)
         at = where_(message >= 0)
         if not len(at):
@@ -82,9 +86,28 @@ class FrameGuard:
             code[good] = self._check_counter(
                 message[good], counter[good], payload[good], batch.t_ns[at[good]]
             )
+        if not code.any():
+            return None
         frames = np.zeros(len(batch), np.uint8)
         frames[at] = code
         return frames
+
+    def _judge_compiled(
+        self, work: kernel.Kernel, batch: FrameBatch, decoded: Decoded
+    ) -> npt.NDArray[np.uint8] | None:
+        frames = np.ascontiguousarray(batch.frames).view(np.uint8)
+        code = np.empty(len(batch), np.uint8)
+        fields, crc = self._fields, self._crc_table
+        refused, lost = work.guard(
+            frames, batch.t_ns, decoded.plan, decoded.short, self._of_plan, fields.byte, fields.shift,
+            fields.mask, fields.big, crc.base, crc.table, crc.constant, self._has_crc, self._has_counter,
+            self._modulo, self._last, self._last_ns, self._last_payload, self._lost, code, self._gap_ns,
+        )  # fmt: skip
+        if lost:
+            for message in where_(self._lost > 0).tolist():
+                self._lose(message, int(self._lost[message]))
+            self._lost[:] = 0
+        return code if refused else None
 
     def _check_crc(
         self,
@@ -160,7 +183,10 @@ _NO_CRC = CrcInput(CrcModel(8, 0, 0, 0), b"", 0, range(0), b"")
 
 
 class _FieldReader:
-    """Reads CRC and counter of protected messages from their payloads."""
+    """Reads CRC and counter of protected messages from their payloads.
+
+    byte, shift, mask, big: where they lie, the CRC of each message, then the counter of each.
+    """
 
     def __init__(self, table: SignalTable, protections: Sequence[_Protection]) -> None:
         signals = [(p, p.crc_signal) for p in protections] + [(p, p.counter_signal) for p in protections]
@@ -169,22 +195,22 @@ class _FieldReader:
             for p, signal in signals
         ]
         self._messages = len(protections)
-        self._byte = np.array([b.byte if b else 0 for b in places], np.int64)
-        self._shift = np.array([b.shift if b else 0 for b in places], np.uint64)
-        self._mask = np.array([b.mask if b else 0 for b in places], np.uint64)
-        self._big = np.array([bool(b and b.big) for b in places], np.bool_)
-        self._any_big = bool(self._big.any())
+        self.byte = np.array([b.byte if b else 0 for b in places], np.int64)
+        self.shift = np.array([b.shift if b else 0 for b in places], np.uint64)
+        self.mask = np.array([b.mask if b else 0 for b in places], np.uint64)
+        self.big = np.array([bool(b and b.big) for b in places], np.bool_)
+        self._any_big = bool(self.big.any())
 
     def read(self, message: IntArray, payload: npt.NDArray[np.uint8]) -> tuple[IntArray, IntArray]:
         """Return the CRC and the counter of each payload; 0 where a message has none."""
         field = np.concatenate((message, message + self._messages))
         frame = np.arange(len(message)) * PAYLOAD_BYTES_MAX
-        word = words_of(payload)[np.concatenate((frame, frame)) + self._byte.take(field)]
+        word = words_of(payload)[np.concatenate((frame, frame)) + self.byte.take(field)]
         if self._any_big:
-            big = where_(self._big.take(field))
+            big = where_(self.big.take(field))
             word[big] = word[big].byteswap()
-        word >>= self._shift.take(field)
-        word &= self._mask.take(field)
+        word >>= self.shift.take(field)
+        word &= self.mask.take(field)
         found: IntArray = word.view(np.int64)
         return found[: len(message)], found[len(message) :]
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tbox.decode.batch import Decoded, Decoder, where_
+from tbox.decode.batch import Decoded, Decoder, Details, Outcome, where_
 from tbox.decode.database import Database, DecodeSettings, Definition
 from tbox.decode.roles import Binding, RoleMap
-from tbox.decode.table import MALFORMED_PLAN, NO_ID, IntArray, SignalTable, compile_table
+from tbox.decode.table import MALFORMED_PLAN, NO_ID, UNKNOWN_PLAN, IntArray, SignalTable, compile_table
 from tbox.decode.validity import Judge
 from tbox.ledger import Ledger
 from tbox.model import ROLE_UNITS, FrameBatch, Now, SampleBatch, Signal, Validity
@@ -59,21 +59,19 @@ class DecodeStage:
     def step(self, now: Now, batch: FrameBatch) -> SampleBatch:
         """Decode and judge one batch. Never raises for what the frames hold."""
         n = len(batch)
-        decoded = self._decoder.decode(batch.channel, batch.frames)
+        decoded = self._decoder.decode(batch.channel, batch.frames, batch.t_ns)
         if decoded.fallback:
             decoded = self._merge(batch, decoded)
-        unknown = n - int(np.count_nonzero(decoded.plan))
-        malformed = n - unknown - int(np.count_nonzero(decoded.plan > MALFORMED_PLAN))
+        unknown, malformed, short = decoded.outcome or _outcome(decoded)
         self._frames.into += n
         self._frames.out += n - unknown - malformed
         self._frames.drop("unknown", unknown)
         self._frames.drop("malformed", malformed)
-        self.short += int(np.count_nonzero(decoded.short))
-        column = self.table.column.take(decoded.row)
-        value, validity = self._judge.judge(batch, decoded, column)
-        samples = SampleBatch(batch.t_ns.take(decoded.frame), column, value, validity)
+        self.short += short
+        value, validity = self._judge.judge(batch, decoded)
+        samples = SampleBatch(decoded.t_ns, decoded.column, value, validity)
         if self._wanted is not None:
-            samples = _select(samples, self._wanted.take(column))
+            samples = _select(samples, self._wanted.take(decoded.column))
         self._count(samples.validity)
         return samples
 
@@ -95,8 +93,7 @@ class DecodeStage:
         decoded = self._decoder.decode(batch.channel, batch.frames[at])
         if decoded.fallback:
             return True
-        column = self.table.column.take(decoded.row)
-        return self._judge.passes(decoded, upper.take(column), lower.take(column))
+        return self._judge.passes(decoded, upper.take(decoded.column), lower.take(decoded.column))
 
     def _limited_ids(
         self, upper: npt.NDArray[np.float64], lower: npt.NDArray[np.float64]
@@ -154,20 +151,31 @@ class DecodeStage:
         column = table.column.take(rows_)
         values = np.array(value, np.float64) * self._factor.take(column) + self._offset.take(column)
         raw = self._decoder.raw(batch.frames, frames, rows_)
-        return _interleave(decoded, frames, rows_, raw, values)
+        return _interleave(batch, decoded, Details(frames, rows_, raw), values, column)
+
+
+def _outcome(decoded: Decoded) -> Outcome:
+    unknown = int(np.count_nonzero(decoded.plan == UNKNOWN_PLAN))
+    malformed = int(np.count_nonzero(decoded.plan == MALFORMED_PLAN))
+    return Outcome(unknown, malformed, int(np.count_nonzero(decoded.short)))
 
 
 def _interleave(
-    decoded: Decoded, frame: IntArray, row: IntArray, raw: IntArray, value: npt.NDArray[np.float64]
+    batch: FrameBatch, decoded: Decoded, more: Details, value: npt.NDArray[np.float64], column: IntArray
 ) -> Decoded:
-    frames = np.concatenate((decoded.frame, frame))
-    order = np.argsort(frames, kind="stable")
-    return decoded._replace(
-        frame=frames[order],
-        row=np.concatenate((decoded.row, row))[order],
-        raw=np.concatenate((decoded.raw, raw))[order],
-        value=np.concatenate((decoded.value, value))[order],
+    """Return what was decoded with more samples, in the order of their frames."""
+    order = np.argsort(np.concatenate((decoded.frame, more.frame)), kind="stable")
+
+    def both(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.concatenate((one, other))[order]
+
+    details = Details(
+        both(decoded.frame, more.frame), both(decoded.row, more.row), both(decoded.raw, more.raw)
     )
+    return Decoded(
+        decoded.plan, decoded.short, both(decoded.value, value), both(decoded.column, column),
+        batch.t_ns.take(details.frame), lambda: details, fallback=decoded.fallback,
+    )  # fmt: skip
 
 
 def _select(samples: SampleBatch, wanted: npt.NDArray[np.bool_]) -> SampleBatch:

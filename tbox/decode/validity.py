@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from tbox import kernel
 from tbox.decode.batch import Decoded, Decoder, where_
 from tbox.decode.database import DecodeSettings
 from tbox.decode.guard import NEVER_NS, FrameGuard
@@ -59,6 +60,7 @@ class Judge:
         table = decoder.table
         self.guard = FrameGuard(decoder, roles, settings.counter_gap_ms)
         self._limits = _LimitTable(table, bindings)
+        decoder.expect(self._limits.low, self._limits.span)
         self._flags = _FlagTable(decoder, bindings)
         self._codes = _CodeTable(table, bindings)
         self._cycles = _MuxCycles(table, catalog, settings) if settings.mux_cycle else None
@@ -71,38 +73,39 @@ class Judge:
 
         Takes no state. SNA and what is out of range are no readings.
         """
-        code = np.zeros(len(decoded.row), np.uint8)
+        code = np.zeros(len(decoded.value), np.uint8)
         value = self._codes.apply(decoded, code)
         out = (value >= upper) | (value <= lower)
         return bool(out.any()) and bool((out & (code == 0) & (self._limits.judge(decoded) == 0)).any())
 
-    def judge(
-        self, batch: FrameBatch, decoded: Decoded, column: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.float64], Codes]:
-        """Return the values, enum codes put in their place, and their validity. column: of each sample."""
+    def judge(self, batch: FrameBatch, decoded: Decoded) -> tuple[npt.NDArray[np.float64], Codes]:
+        """Return the values, enum codes put in their place, and their validity."""
         code = self._limits.judge(decoded)
         value = self._codes.apply(decoded, code)
         self._flags.judge(batch, decoded, code)
         of_frame = self.guard.judge(batch, decoded)
-        if of_frame is not None and of_frame.any():
+        if of_frame is not None:
             of_sample = of_frame.take(decoded.frame)
             np.copyto(code, of_sample, where=of_sample != 0)
         if self._cycles is not None:
-            self._cycles.judge(batch, decoded, column, of_frame, code)
+            self._cycles.judge(batch, decoded, of_frame, code)
         if self._spikes is not None:
-            self._spikes.judge(batch, decoded, column, value, code)
+            self._spikes.judge(batch, decoded, value, code)
         return value, code
 
 
 class _LimitTable:
-    """SNA and range, by row: one comparison for most samples, a closer look at the few that fail it."""
+    """SNA and range, by row: one comparison for most samples, a closer look at the few that fail it.
+
+    low, span: of each row, low <= raw <= low + span is a reading; any raw value of a row judged by value.
+    """
 
     def __init__(self, table: SignalTable, bindings: Sequence[Binding]) -> None:
         columns = [limits_of(signal, bindings[n]) for n, (_, signal) in enumerate(table.columns)]
         rows = [columns[column] for column in table.column.tolist()]
         exact = [_by_raw(table, n) for n in range(len(rows))]
         self._sna = _padded([limits.sna for limits in rows])
-        self._low, self._span = _spans(rows, exact)
+        self.low, self.span = _spans(rows, exact)
         self._low_value = np.array([limits.value_low for limits in rows])
         self._high_value = np.array([limits.value_high for limits in rows])
         # Rows with an SNA value among their readings; rows judged by value (floats, what cantools decoded).
@@ -112,9 +115,11 @@ class _LimitTable:
         self._any_inside = bool(self._inside.any())
 
     def judge(self, decoded: Decoded) -> Codes:
+        code = np.zeros(len(decoded.value), np.uint8)
+        if decoded.inside and not self._any_inside and not self._any_by_value:
+            return code
         row, raw = decoded.row, decoded.raw
-        code = np.zeros(len(row), np.uint8)
-        outside = where_((raw - self._low.take(row)).view(np.uint64) > self._span.take(row))
+        outside = where_((raw - self.low.take(row)).view(np.uint64) > self.span.take(row))
         if len(outside):
             code[outside] = np.where(self._is_sna(row[outside], raw[outside]), Validity.SNA, Validity.RANGE)
         if self._any_inside:
@@ -257,7 +262,6 @@ class _MuxCycles:
         self,
         batch: FrameBatch,
         decoded: Decoded,
-        column: npt.NDArray[np.int64],
         of_frame: Codes | None,
         code: Codes,
     ) -> None:
@@ -269,7 +273,7 @@ class _MuxCycles:
             frames = where_(message == definition)
             self._follow(definition, frames, batch, decoded, of_frame, early)
         if early.any():
-            bound = self._role.take(column)
+            bound = self._role.take(decoded.column)
             code[early.take(decoded.frame) & bound & (code == 0)] = Validity.MUX
 
     def _follow(
@@ -325,20 +329,27 @@ class _Spikes:
         self,
         batch: FrameBatch,
         decoded: Decoded,
-        column: npt.NDArray[np.int64],
         value: npt.NDArray[np.float64],
         code: Codes,
     ) -> None:
-        calm = self._calm(column, value)
-        if not self._refused and not code.any() and calm.all():
-            self._believed[column] = value
-        else:
+        column = decoded.column
+        if self._refused or code.any() or not self._settle(column, value):
+            calm = self._calm(column, value)
             watched = self._watched.take(column)
             watched &= (code == 0) | (code == Validity.MUX)
             at = where_(watched)
             if len(at):
                 self._judge(batch, decoded, at, column[at], value[at], calm[at], code)
         self._plan_ns[decoded.plan] = batch.t_ns
+
+    def _settle(self, column: npt.NDArray[np.int64], value: npt.NDArray[np.float64]) -> bool:
+        """Believe all values, provided that all are calm; return whether they are."""
+        if kernel.compiled is not None:
+            return kernel.compiled.calm(column, value, self._believed, self._half_step)
+        if not self._calm(column, value).all():
+            return False
+        self._believed[column] = value
+        return True
 
     def _calm(self, column: npt.NDArray[np.int64], value: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
         """Return which are within half a step of the believed value: within a step of each other, that is.

@@ -50,6 +50,7 @@ class Imbalance:
         self._done_ns: dict[str, int] = {}
         self._mean_v = np.nan
         self._base_v: Floats = np.full(len(names), np.nan)  # each cell's deviation, of late
+        self._base_whole = False  # that of every cell is known
         self._place_v: Floats = np.full(len(names), np.nan)  # each cell's deviation, for long
         self._learnt_s = 0.0
         self._cusum_vs: Floats = np.zeros(len(names))
@@ -109,7 +110,7 @@ class Imbalance:
         readings: dict[str, Reading] = {}
         step_s = self._due(t_ns, "drop", 0)
         if step_s is not None:
-            readings["cell_drop"] = self._drop(deviation_v, step_s)
+            readings["cell_drop"] = self._drop(deviation_v, step_s, everything)
         step_s = self._due(t_ns, "slow", SLOW_NS)
         if step_s is not None:
             steady = abs(mean_v - self._mean_v) <= GRADIENT_V_MAX and step_s < GAP_S
@@ -134,15 +135,16 @@ class Imbalance:
 
         return items(np.abs(deviation_v) - sigma_v, text)
 
-    def _drop(self, deviation_v: Floats, step_s: float) -> Items:
+    def _drop(self, deviation_v: Floats, step_s: float, everything: bool) -> Items:
         """How far each cell has fallen below its usual place of late."""
-        fresh = np.isnan(self._base_v)
-        if step_s >= GAP_S or fresh.any():
-            self._base_v = np.where(fresh | (step_s >= GAP_S), deviation_v, self._base_v)
+        if step_s >= GAP_S or not self._base_whole:
+            fresh = np.isnan(self._base_v) | (step_s >= GAP_S)
+            self._base_v = np.where(fresh, deviation_v, self._base_v)
+            self._base_whole = everything
         dropped = self._base_v - deviation_v
         most_v = DROP_BASE_V_PER_S_MAX * step_s
         moved = np.clip(dropped * -min(1.0, step_s / DROP_BASE_S), -most_v, most_v)
-        self._base_v = self._base_v + np.where(np.isnan(moved), 0.0, moved)
+        self._base_v = self._base_v + (moved if everything else np.where(np.isnan(moved), 0.0, moved))
         return items(dropped)
 
     def _drift(self, deviation_v: Floats, step_s: float, everything: bool) -> Reading:

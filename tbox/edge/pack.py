@@ -7,13 +7,14 @@ signals is then a few scatters, and a series is a slice. A scan is complete when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tbox import kernel
 from tbox.ledger import StageLedger
 from tbox.model import NS_PER_MS, ROLE_UNITS, Now, PackSnapshot, SampleBatch, Signal
 
@@ -132,41 +133,53 @@ class Pack:
         self.slot_of = _slots([*self.cells.columns, *self.probes.columns, *scalars], size)
         self.value: Floats = np.full(size, np.nan)
         self.t_ns: Ints = np.full(size, NEVER_NS, dtype=np.int64)
+        self._counts: Ints = np.zeros(size, dtype=np.int64)  # room for one batch's samples by slot
         self._heard: Bools = np.zeros(size, dtype=np.bool_)  # since the scan began, believed or not
 
     # --- taking in -----------------------------------------------------------------------------------------
 
-    def take(self, samples: SampleBatch, now_ns: int, *, quiet: Callable[[], bool] = bool) -> Iterator[Run]:
+    def take(
+        self, samples: SampleBatch, now_ns: int, limits: tuple[Floats, Floats] | None = None
+    ) -> Iterator[Run]:
         """Take a batch in, run by run, and yield each run once it is in.
 
         A run holds no signal twice and ends where a scan is complete, so no value is overwritten before it
-        was judged. quiet: asked when signals come more than LAPS_EXACT_MAX times in the batch; if it finds no
-        sample past any limit, the batch is taken as one run. Times in the future of
-        now_ns are taken as now.
+        was judged. limits: by column, upper and lower; where signals come more than LAPS_EXACT_MAX times and
+        no sample reaches one, the batch is taken as one run. None: never. Times in the future of now_ns are
+        taken as now.
         """
         count = len(samples)
         self._account.into += count
         if not count:
             return
+        if limits is not None and (run := self._at_once(samples, now_ns, *limits)):
+            yield run
+            return
         believed = (samples.validity == 0) & np.isfinite(samples.value)
-        self._count(samples, believed)
+        self._count(samples, int(np.count_nonzero(believed)))
         times = np.minimum(samples.t_ns, now_ns)
         slots = self.slot_of.take(samples.column)
-        heard = np.bincount(slots, minlength=len(self.value))
-        if int(heard.max()) > LAPS_EXACT_MAX and quiet():
-            self._heard |= heard > 0
-            yield self._keep(
-                _last_of(slots, believed, len(heard)), slots, samples.value, times, int(times[-1])
-            )
-            return
         for begin, end in _laps(slots, len(self.value)):
             while begin < end:
                 cut = self._cut(slots[begin:end])
                 yield self._run(slots, samples.value, believed, times, begin, begin + cut)
                 begin += cut
 
-    def _count(self, samples: SampleBatch, believed: Bools) -> None:
-        out = int(np.count_nonzero(believed))
+    def _at_once(self, samples: SampleBatch, now_ns: int, upper: Floats, lower: Floats) -> Run | None:
+        """Take a quiet batch in as one run; None, and nothing is changed, where it is not quiet or small."""
+        touched = np.empty(len(self.value), np.bool_)
+        work = kernel.compiled.settle if kernel.compiled is not None else _settle
+        believed = work(
+            samples.column, samples.value, samples.validity, samples.t_ns, self.slot_of, upper, lower,
+            self._counts, self._heard, self.value, self.t_ns, touched, now_ns, LAPS_EXACT_MAX,
+        )  # fmt: skip
+        if believed < 0:
+            return None
+        self._count(samples, believed)
+        places = np.flatnonzero(touched[self._scalars]).tolist()
+        return self._ended(min(int(samples.t_ns[-1]), now_ns), places)
+
+    def _count(self, samples: SampleBatch, out: int) -> None:
         self._account.out += out
         if out < len(samples):
             refused = int(np.count_nonzero(samples.validity))
@@ -189,14 +202,14 @@ class Pack:
     def _run(self, slots: Slots, value: Floats, believed: Bools, times: Ints, begin: int, end: int) -> Run:
         self._heard[slots[begin:end]] = True
         good = begin + np.flatnonzero(believed[begin:end])
-        return self._keep(good, slots, value, times, int(times[end - 1]))
-
-    def _keep(self, at: Ints, slots: Slots, value: Floats, times: Ints, t_ns: int) -> Run:
-        """Take in the believed samples at these places, of each signal one."""
-        slot = slots[at]
-        self.value[slot], self.t_ns[slot] = value[at], times[at]
+        slot = slots[good]
+        self.value[slot], self.t_ns[slot] = value[good], times[good]
         places = slot[(slot >= self._scalars.start) & (slot < self._scalars.stop)] - self._scalars.start
-        touched = [self.roles[place] for place in places.tolist()]
+        return self._ended(int(times[end - 1]), places.tolist())
+
+    def _ended(self, t_ns: int, places: list[int]) -> Run:
+        """Return the run that ends here. places: of the single values it believed."""
+        touched = [self.roles[place] for place in places]
         return Run(t_ns, self._done(self.cells, t_ns), self._done(self.probes, t_ns), touched)
 
     def _done(self, series: Series, t_ns: int) -> bool:
@@ -253,13 +266,26 @@ def _slots(order: Sequence[int], size: int) -> Slots:
     return slot_of
 
 
-def _last_of(slots: Slots, believed: Bools, size: int) -> Ints:
-    """Return where each signal's last believed sample is: the others would only be overwritten."""
-    last = np.full(size, -1, dtype=np.int64)
-    at = np.flatnonzero(believed)
-    last[slots[at]] = at
-    found: Ints = last[last >= 0]
-    return found
+def _settle(
+    column: Ints, value: Floats, validity: npt.NDArray[np.uint8], t_ns: Ints, slot_of: Slots, upper: Floats,
+    lower: Floats, counts: Ints, heard: Bools, pack_value: Floats, pack_t_ns: Ints, touched: Bools,
+    now_ns: int, laps: int,
+) -> int:  # fmt: skip
+    """Do what kernel.c's settle does."""
+    slots = slot_of.take(column)
+    counts[:] = np.bincount(slots, minlength=len(counts))
+    if int(counts.max()) <= laps:
+        return -1
+    if ((value >= upper.take(column)) | (value <= lower.take(column))).any():
+        return -1
+    heard |= counts > 0
+    at = np.flatnonzero((validity == 0) & np.isfinite(value))
+    last = np.full(len(counts), -1, dtype=np.int64)
+    last[slots[at]] = at  # the others of a signal would only be overwritten
+    np.greater_equal(last, 0, out=touched)
+    found = last[touched]
+    pack_value[touched], pack_t_ns[touched] = value[found], np.minimum(t_ns[found], now_ns)
+    return len(at)
 
 
 def _laps(slots: Slots, size: int) -> list[tuple[int, int]]:

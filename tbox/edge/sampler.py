@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tbox import kernel
 from tbox.edge.mode import Context, Mode
 from tbox.ledger import StageLedger
 from tbox.model import (
@@ -55,6 +56,7 @@ STATE_ROLES = frozenset(role for role, unit in ROLE_UNITS.items() if not unit)
 LAST_ONLY_ROLES = frozenset({"latitude", "longitude", "odometer"})  # a mean of these tells nobody anything
 
 LATE_NS = 50 * NS_PER_MS  # a record waits so long for samples of its last window
+FAR_NS = 1 << 62
 FOLD_SAMPLES = 4096  # samples wait until there are so many, or
 FOLD_EVERY_NS = 100 * NS_PER_MS  # for so long: one fold of many costs a fraction of many folds
 STATE_ROWS_MAX = 500  # per record; a chattering state sends its record early
@@ -204,10 +206,17 @@ class Sampler:
         if not self._waiting:
             return []
         batches, self._waiting, self._waiting_samples = self._waiting, [], 0
+        if kernel.compiled is not None:
+            return [draft for one in batches for draft in self._fold_batch(kernel.compiled, now, one)]
         t_ns, column, value, validity = (
             np.concatenate(arrays) if len(batches) > 1 else arrays[0]
             for arrays in zip(*((b.t_ns, b.column, b.value, b.validity) for b in batches), strict=True)
         )
+        return self._fold_closely(now, t_ns, column, value, validity)
+
+    def _fold_closely(
+        self, now: Now, t_ns: I64, column: I64, value: F64, validity: npt.NDArray[np.uint8]
+    ) -> list[Draft]:
         if np.count_nonzero(validity):
             ok = self._refuse(validity == Validity.VALID, "invalid")
             t_ns, column, value = t_ns[ok], column[ok], value[ok]
@@ -215,6 +224,27 @@ class Sampler:
             ok = self._refuse(self._scales.holds(column, value), "unrepresentable")
             t_ns, column, value = t_ns[ok], column[ok], value[ok]
         return self._by_period(now, t_ns, column, value) if len(t_ns) else []
+
+    def _fold_batch(self, work: kernel.Kernel, now: Now, samples: SampleBatch) -> list[Draft]:
+        drafts = self._fold_at_once(work, samples, self._scales.reach_of_all, now.mono_ns + 1)
+        if drafts is not None:
+            return drafts
+        return self._fold_closely(now, samples.t_ns, samples.column, samples.value, samples.validity)
+
+    def _fold_at_once(
+        self, work: kernel.Kernel, samples: SampleBatch, reach: float, end_ns: int
+    ) -> list[Draft] | None:
+        """Fold with the kernel; None, and nothing is folded, unless all samples are valid, within ±reach and
+        of the open period before end_ns."""
+        assert self._open is not None
+        begin_ns = self._open * self._windows.record_ns
+        end_ns = min(begin_ns + self._windows.record_ns, end_ns)
+        places = np.empty(len(samples), np.int64)
+        states = self._windows.fold_usual(work, samples, places, reach, begin_ns, end_ns)
+        if states < 0:
+            return None
+        at = places[:states]
+        return self._fold_states(samples.t_ns[at], samples.column[at], samples.value[at])
 
     def _refuse(self, ok: Bools, cause: str) -> Bools:
         refused = len(ok) - int(np.count_nonzero(ok))
@@ -244,13 +274,21 @@ class Sampler:
         return drafts
 
     def _fold(self, t_ns: I64, column: npt.NDArray[np.int64], value: F64) -> list[Draft]:
+        """Fold valid samples of the open period."""
+        if kernel.compiled is not None:
+            valid = SampleBatch(t_ns, column, value, np.zeros(len(t_ns), np.uint8))
+            drafts = self._fold_at_once(kernel.compiled, valid, math.inf, FAR_NS)
+            assert drafts is not None
+            return drafts
         self._windows.fold(t_ns, column, value)
         state = np.flatnonzero(self._is_state.take(column))
-        if not len(state):
+        return self._fold_states(t_ns[state], column[state], value[state])
+
+    def _fold_states(self, t_ns: I64, column: I64, value: F64) -> list[Draft]:
+        if not len(t_ns):
             return []
-        t_ns, column, value = t_ns[state], column[state], value[state]
         rows = self._states.changed(column, value)
-        repeats = len(state) - len(rows)
+        repeats = len(t_ns) - len(rows)
         self._account.held -= repeats
         self._account.folded += repeats
         return self._keep_states(t_ns[rows], column[rows], value[rows])
@@ -423,6 +461,7 @@ class _Windows:
         size += 1
         self._row = (0, 0)
         self._row_cells = self._base  # cell of each column in the rows of `_row`
+        self._row_room = np.empty(catalog_size, dtype=np.int64)  # the kernel's own `_row_cells`
         self._count = np.zeros(size, dtype=np.int64)
         self._low, self._high = np.full(size, np.inf), np.full(size, -np.inf)
         self._total, self._last = np.zeros(size), np.zeros(size)
@@ -442,6 +481,18 @@ class _Windows:
         np.minimum.at(self._low, cell, value)
         np.maximum.at(self._high, cell, value)
         self._last[cell] = value
+
+    def fold_usual(
+        self, work: kernel.Kernel, samples: SampleBatch, places: I64, reach: float, begin_ns: int, end_ns: int
+    ) -> int:
+        """Do the same with the kernel; return how many states there are and leave in `places` where. -1, and
+        nothing is folded, if a sample is not valid, beyond reach, or not within begin_ns <= t_ns < end_ns."""
+        (_, fine_ns, _), (_, other_ns, _) = self._groups
+        return work.fold(
+            samples.t_ns, samples.column, samples.value, samples.validity, self._base, self._stride,
+            self._is_other, self._row_room, self._count, self._low, self._high, self._total, self._last,
+            places, reach, begin_ns, end_ns, self._fine_start_ns, self.other_start_ns, fine_ns, other_ns,
+        )  # fmt: skip
 
     def _cells(self, t_ns: I64, column: npt.NDArray[np.int64]) -> I64:
         """Return where each sample goes; mostly all lie in the same window of their group."""
@@ -542,11 +593,11 @@ class _Scales:
                 self.offset[i] = signal.offset if math.isfinite(signal.offset) else 0.0
         self._finer = np.minimum(self._fallback, np.abs(self.scale))
         self._reach = np.abs(self.scale) * RAW_MAX
-        self._reach_of_all = float(np.min(self._reach - np.abs(self.offset), initial=np.inf))
+        self.reach_of_all = float(np.min(self._reach - np.abs(self.offset), initial=np.inf))
 
     def holds_all(self, value: F64) -> bool:
         """Return whether all values have a raw integer in any column: the usual case, at one comparison."""
-        return bool(np.count_nonzero(np.abs(value) <= self._reach_of_all) == len(value))
+        return bool(np.count_nonzero(np.abs(value) <= self.reach_of_all) == len(value))
 
     def holds(self, column: npt.NDArray[np.int64], value: F64) -> Bools:
         """Return which values have a raw integer; NaN has none."""

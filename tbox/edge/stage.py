@@ -35,7 +35,7 @@ from tbox.model import (
     Signal,
 )
 
-STEP_NS_MAX = 100 * NS_PER_MS  # it wants to be called so often, on a silent bus too
+STEP_NS_MAX = 200 * NS_PER_MS  # it wants to be called so often, on a silent bus too
 
 
 class EdgeSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,7 +85,7 @@ class EdgeStage:
         frames: FrameBatch | None = None,
         send: Callable[[CanSend], None] | None = None,
     ) -> EdgeOutput:
-        """Take what was received since the last step. Call it at least every 100 ms, bus or no bus.
+        """Take what was received since the last step. Call it when the last output asks for it.
 
         send: is given the output's frames as soon as the rules have spoken; they do not wait for the rest.
         """

@@ -128,19 +128,21 @@ class Runaway:
         self._cells, self._probes = cells, probes
         self.near = False
         self._highs: deque[tuple[int, Floats]] = deque(maxlen=COLLAPSE_STEPS)
+        self._before: Floats = np.zeros(0)  # the highest of all but the last
         self._collapse: tuple[int, str] | None = None  # when it was last seen, and its text
         self._rises: deque[tuple[int, Floats]] = deque()
 
     def see_cells(self, t_ns: int, volts: Floats) -> None:
         """Take a scan of cell voltages, NaN where unknown."""
         if self._highs:
-            initial = np.fmax.reduce([high for _, high in self._highs])
+            initial = np.fmax(self._before, self._highs[-1][1])
             fallen = volts < initial * self._left
             if fallen.any():
                 cell = int(np.flatnonzero(fallen)[0])
                 text = f"{self._cells[cell]} collapsed from {initial[cell]:.2f} V to {volts[cell]:.2f} V"
                 self._collapse = (t_ns, text)
         if not self._highs or t_ns - self._highs[-1][0] >= COLLAPSE_STEP_NS or t_ns < self._highs[-1][0]:
+            self._before = np.fmax.reduce([high for _, high in self._highs][1 - COLLAPSE_STEPS :] or [volts])
             self._highs.append((t_ns, volts.copy()))
         else:
             at, high = self._highs[-1]

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Annotated, Any
 
 import msgspec
@@ -34,6 +35,11 @@ _POSITION_KEYS = frozenset(
     {"latitude", "longitude", "altitude", "altitude_m", "heading", "heading_deg", "course_deg"}
 )
 _POSITIONAL = re.compile(r"latitude|longitude|\bcurrentlocation\b", re.IGNORECASE)
+
+
+@lru_cache(4096)  # the same names come every second
+def _is_positional(name: str) -> bool:
+    return _POSITIONAL.search(name) is not None
 
 
 class PrivacyError(TboxError):
@@ -169,8 +175,8 @@ class PrivacyFilter:
 
     def _scrub_series(self, series: Series) -> Series:
         """Blur the position columns pair by pair; leave out what is positional and has no partner."""
-        positional = {column.name: column for column in series.columns if _POSITIONAL.search(column.name)}
-        blocks = tuple(one for one in series.blocks if not _POSITIONAL.search(f"{one.prefix} {one.suffix}"))
+        positional = {column.name: column for column in series.columns if _is_positional(column.name)}
+        blocks = tuple(one for one in series.blocks if not _is_positional(f"{one.prefix} {one.suffix}"))
         if not positional and len(blocks) == len(series.blocks):
             return series
         kept = [column for column in series.columns if column.name not in positional]

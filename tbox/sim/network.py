@@ -326,6 +326,7 @@ class VirtualUplink:
         """Let everything happen that is due; return when to be called next, None when stopped and quiet."""
         while True:
             self._run_due(mono_ns)
+            self.session.look()  # nobody tells of new records here
             actions, wake_ns = self.session.step(mono_ns)
             for action in actions:
                 self._carry_out(action, mono_ns)

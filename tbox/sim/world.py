@@ -72,6 +72,10 @@ class World:
 
     # --- the spool as the uplink sees it ----------------------------------------------------------------
 
+    @property
+    def more(self) -> bool:
+        return self.spool.more
+
     def offer(self, room: int) -> list[Record]:
         return self.spool.offer(self.now, room)
 

@@ -195,6 +195,7 @@ class Drain:
         self.in_flight: dict[int, Lane] = {}
         self._again: dict[int, Lane] = {}  # was in flight when the link died; a late PUBACK still counts
         self.gone = IdRanges()  # acknowledged or evicted, and still on flash
+        self.more = True  # whether the next offer may find something: the last did not see the end of all
 
     def append(self, records: Sequence[Record]) -> bool:
         """Take new records; return whether to commit at once: an alarm is among them, or what led to one."""
@@ -205,11 +206,14 @@ class Drain:
 
     def _add_fresh(self, lane: Lane, records: Sequence[Record]) -> None:
         state = self._lanes[lane]
+        self.more |= bool(records)
         state.fresh |= {record.id: record for record in records}
         state.fresh_bytes += sum(len(record.payload) for record in records)
 
     def offer(self, mono_ns: int, room: int, read: Reader, bytes_max: int) -> list[Record]:
         """Return at most `room` records in drain order and mark them in flight."""
+        before = [state.cursor for state in self._lanes.values()]
+        self.more = True
         out = self._take_fresh(ALARM, room)
         out += self._take_stored(ALARM, room - len(out), bytes_max, read)
         out += self._take_fresh(ROUTINE, room - len(out))
@@ -222,6 +226,7 @@ class Drain:
             out = out or self._take_stored(ROUTINE, tokens, min(bytes_max, byte_tokens), read)
             self._records.take(len(out))
             self._bytes.take(sum(len(record.payload) for record in out))
+            self.more = bool(out) or before != [state.cursor for state in self._lanes.values()]
         return out
 
     def _take_fresh(
@@ -303,6 +308,7 @@ class Drain:
                 back[lane][one] = record
             else:
                 self.rewind(lane, one)
+        self.more |= bool(self.in_flight)
         for lane, records in back.items():
             if records:
                 self._replace_fresh(lane, {**records, **self._lanes[lane].fresh})
@@ -321,6 +327,7 @@ class Drain:
                     left, left_bytes = left - 1, left_bytes - len(record.payload)
             for one in leaving:
                 del state.fresh[one]
+            self.more |= bool(leaving)
             state.fresh_bytes = left_bytes
             state.cursor = min([state.cursor, *(one - 1 for one in leaving)])
 
@@ -337,6 +344,7 @@ class Drain:
 
     def rewind(self, lane: Lane, one: int) -> None:
         """A record with this id came to flash behind the cursor."""
+        self.more = True
         state = self._lanes[lane]
         state.cursor = min(state.cursor, one - 1)
 

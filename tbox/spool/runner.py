@@ -52,6 +52,7 @@ class SpoolRunner:
         self._requeue = False
         self._room = 0  # what the uplink asked for and was not answered yet
         self._offered: list[Record] | None = None  # the answer
+        self.more = True  # whether the next offer may give something (SpoolPort)
         self._calls: deque[Ask[Any]] = deque()
         self._stopping = False
         self.failure: BaseException | None = None
@@ -71,9 +72,9 @@ class SpoolRunner:
                 self._wake.notify()
 
     def ack(self, ids: Sequence[int]) -> None:
+        """Take PUBACKs, to be worked with what comes next: they must reach the tick, and no sooner."""
         with self._wake:
             self._acked.extend(ids)
-            self._wake.notify()
         self.acked.set()
 
     def requeue(self) -> None:
@@ -92,6 +93,7 @@ class SpoolRunner:
                 self._wake.notify()
                 self._wake.wait_for(lambda: self._offered is not None or self._stopping, OFFER_WAIT_S)
             offered, self._offered = self._offered, None
+            self.more = offered is None or self._spool.more
             return offered or []
 
     def call(self, work: Callable[[Spool], T]) -> T:
@@ -121,6 +123,8 @@ class SpoolRunner:
                 if now.mono_ns >= next_tick_ns or self._spool.wants_commit or stopping:
                     self._spool.tick(now)
                     next_tick_ns = now.mono_ns + self._tick_ns
+                    if self._spool.more:  # a tick may bring records of its own, and some back from flash
+                        self._kept([])
                 self._heart.beat()
                 if stopping:
                     return
@@ -159,6 +163,4 @@ class SpoolRunner:
         return stopping
 
     def _has_work(self) -> bool:
-        return bool(
-            self._drafts or self._acked or self._requeue or self._room or self._calls or self._stopping
-        )
+        return bool(self._drafts or self._requeue or self._room or self._calls or self._stopping)

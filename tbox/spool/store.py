@@ -226,6 +226,11 @@ class Spool:
         """Return up to `room` records to send, in drain order, and mark them in flight."""
         return self._drain.offer(now.mono_ns, room, self._read, READ_BYTES_MAX)
 
+    @property
+    def more(self) -> bool:
+        """Whether the next offer may find records, by themselves or when the bucket has filled again."""
+        return self._drain.more
+
     def ack(self, ids: Iterable[int]) -> None:
         """Take PUBACKs. What was never on flash is forgotten at once, the rest at the next tick."""
         for lane, ones in self._drain.ack(ids).items():

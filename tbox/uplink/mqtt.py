@@ -51,7 +51,7 @@ TOPIC_ROOT = "tbox/1"
 INCOMING_PACKET_BYTES_MAX = 64 * 1024
 # Attempts that still hang (a name look-up cannot be cancelled) before new ones are held back.
 LINKS_ALIVE_MAX = 4
-BEAT_S_MAX = 0.5
+BEAT_S_MAX = 1.0
 LOOP_S_MAX = 1.0
 # The boot-time clock runs on in suspend and the monotonic one does not.
 SUSPEND_NS_MIN = NS_PER_S
@@ -190,7 +190,7 @@ class _Ended:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """Something another thread asks for: stop, nudge; or nothing but a look at the spool."""
+    """Something another thread asks for."""
 
     what: Literal["stop", "nudge", "look"]
 
@@ -498,6 +498,8 @@ class MqttUplink:
                     self._session.denied(link, now_ns, why)
                 else:
                     self._session.lost(link, now_ns, why)
+            case _Call("look"):
+                self._session.look()
             case _Call("stop"):
                 self._session.stop(now_ns)
             case _Call("nudge"):

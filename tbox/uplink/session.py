@@ -23,6 +23,7 @@ STUCK_DEADLINES = 4
 # One place in the broker's window stays free for the state message.
 ANNOUNCE_RESERVE = 1
 BACKOFF_DOUBLINGS_MAX = 30
+IDLE_POLL_MS = 1_000  # a port with nothing left speaks up when it has more; this is for one that forgets to
 NUDGE_INTERVAL_MS_MIN = 1_000  # a bearer that flaps must not turn into a storm of connections
 
 
@@ -65,7 +66,14 @@ class UplinkSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class SpoolPort(Protocol):
-    """The spool as the uplink sees it."""
+    """The spool as the uplink sees it.
+
+    more: whether records may be left that the last offer did not give: for want of room or of their turn.
+    Without, the next offer waits for a `look`.
+    """
+
+    @property
+    def more(self) -> bool: ...
 
     def offer(self, room: int) -> list[Record]:
         """Return at most `room` records to send, in drain order; they count as in flight from now on."""
@@ -237,6 +245,7 @@ class Session:
         self._deadline_ms = settings.ack_deadline_ms
         self._nudged_ns = -NUDGE_INTERVAL_MS_MIN * NS_PER_MS
         self._offered_none = False
+        self._ask_ns = 0  # when the port is asked for records again
 
     # --- reports from the shell -----------------------------------------------------------------------
 
@@ -286,6 +295,10 @@ class Session:
             self._deadline_ms = self._settings.ack_deadline_ms
         if self.state is State.LEAVING and -self._announced in known:
             self._fire(Event.LEFT, mono_ns)
+
+    def look(self) -> None:
+        """The port has new records: ask it at the next step."""
+        self._ask_ns = 0
 
     def nudge(self, mono_ns: int) -> None:
         """The machine resumed, or the bearer changed: find out now whether the link still stands."""
@@ -342,7 +355,7 @@ class Session:
 
     def _fill_window(self, mono_ns: int) -> None:
         """Take records while there is room; by bytes too, since any record may be of the largest size."""
-        while (room := self._room()) > 0:
+        while mono_ns >= self._ask_ns and (room := self._room()) > 0:
             records = self._port.offer(room)
             self._offered_none = not records
             assert len(records) <= room, "the port offered more than there is room for"
@@ -351,6 +364,7 @@ class Session:
                 self._fly(record.id, len(record.payload), mono_ns)
                 self._actions.append(Send(self.link, record.id, record))
             if len(records) < room:
+                self._ask_ns = 0 if self._port.more else mono_ns + IDLE_POLL_MS * NS_PER_MS
                 break
 
     def _room(self) -> int:
@@ -381,7 +395,7 @@ class Session:
             return None
         if self.state not in SENDING:
             return self._wake_ns
-        poll_ns = mono_ns + self._settings.poll_ms * NS_PER_MS
+        poll_ns = max(self._ask_ns, mono_ns + self._settings.poll_ms * NS_PER_MS)
         return min(poll_ns, self._stall_ns()) if self._in_flight else poll_ns
 
     # --- transitions ----------------------------------------------------------------------------------
@@ -425,6 +439,7 @@ class Session:
 
     def _enter(self, source: State, event: Event, mono_ns: int) -> None:
         settings = self._settings
+        self._ask_ns = 0
         match self.state:
             case State.CONNECTING:
                 if event is Event.NUDGED:

@@ -106,7 +106,9 @@ def test_every_shape_of_signal_decodes_as_in_cantools(name: str) -> None:
 @pytest.mark.parametrize(
     "array", ["byte", "shift", "mask", "half", "scale", "add", "need_bytes", "selector_plan", "length", "big"]
 )
-def test_the_comparison_notices_a_planted_bug(array: str) -> None:
+def test_the_comparison_notices_a_planted_bug(array: str, twin: str) -> None:
+    if array == "length" and twin == "compiled":
+        pytest.skip("the kernel asks every row whether the payload holds it")
     selector = sig("M", 0, 2, mark="M")
     pages = [sig("A", 13, 11, mark="m0", signed=True), sig("B", 30, 9, mark="m1", big=True, scale="0.1")]
     database = one_message(selector, *pages)
@@ -118,6 +120,7 @@ def test_the_comparison_notices_a_planted_bug(array: str) -> None:
         broken[...] = 0
     else:
         broken[...] = ~broken if array == "big" else broken + 1
+    objects._decoder = Decoder(objects.table)
     with pytest.raises((AssertionError, IndexError)):
         assert_equal_to_cantools(database, frames, 100, objects)
 

@@ -84,8 +84,12 @@ def test_a_signal_twice_in_a_batch_is_seen_twice() -> None:
 
 def test_a_burst_is_one_run_only_if_it_is_found_quiet() -> None:
     burst = samples(*(("Soc", float(i)) for i in range(LAPS_EXACT_MAX + 2)))
-    assert len(list(new_pack()[0].take(burst, 0, quiet=lambda: True))) == 1
-    assert len(list(new_pack()[0].take(burst, 0, quiet=lambda: False))) == LAPS_EXACT_MAX + 2
+    size = len(new_pack()[0].value)
+    last = float(burst.value[-1])
+    for upper, runs in ((np.nextafter(last, np.inf), 1), (last, LAPS_EXACT_MAX + 2)):
+        limits = np.full(size, upper), np.full(size, -np.inf)
+        assert len(list(new_pack()[0].take(burst, 0, limits))) == runs
+    assert len(list(new_pack()[0].take(burst, 0))) == LAPS_EXACT_MAX + 2
 
 
 @pytest.mark.parametrize("validity", [v for v in Validity if v])

@@ -42,10 +42,10 @@ def sentinels_believed(patch: pytest.MonkeyPatch) -> None:
     """Validity is not looked at."""
     take = Pack.take
 
-    def careless(self: Pack, samples: Any, now_ns: int, **kwargs: Any) -> Any:
+    def careless(self: Pack, samples: Any, now_ns: int, *limits: Any) -> Any:
         valid = np.zeros_like(samples.validity)
         believed = SampleBatch(samples.t_ns, samples.column, samples.value, valid)
-        return take(self, believed, now_ns, **kwargs)
+        return take(self, believed, now_ns, *limits)
 
     patch.setattr(Pack, "take", careless)
 

@@ -89,6 +89,7 @@ class Way:
         minter = Minter(1, "car", privacy, guard=nullcontext())
         self.scribe = Scribe(minter, privacy, self.ledger.stage("record", "records"))
         self.drafts = self.sealed = 0
+        self.payloads: list[bytes] = []
 
     def take(self, now: Now, channel: int, frames: npt.NDArray[np.void], t_ns: npt.NDArray[np.int64]) -> None:
         intake = self.intakes[channel]
@@ -101,6 +102,7 @@ class Way:
     def keep(self, drafts: list[Any], now: Now) -> None:
         self.drafts += len(drafts)
         for record in self.scribe.records(drafts, now):
+            self.payloads.append(record.payload)
             body = decode_payload(record.payload)["body"]
             assert (body if record.kind == "telemetry" else body["context"]).keys() >= CONTEXT
             if record.kind == "capture" and body["event"] == "frames":

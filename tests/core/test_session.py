@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tbox.model import NS_PER_MS, NS_PER_S, RECORD_PAYLOAD_BYTES_MAX, Record
 from tbox.uplink.session import (
+    IDLE_POLL_MS,
     TABLE,
     Action,
     Announce,
@@ -340,6 +341,61 @@ def test_whatever_happens_the_books_balance_and_the_window_holds(
         assert set(spool.in_flight) == {token for token in session._in_flight if token > 0}
         assert all(action.link == session.link for action in actions if isinstance(action, Send | Connect))
     assert set(spool.acked) == delivered
+
+
+def test_a_port_with_nothing_left_is_asked_again_when_it_speaks_up_and_now_and_then() -> None:
+    class Telling(MemorySpool):
+        asked = 0
+
+        @property
+        def more(self) -> bool:  # type: ignore[override]
+            return bool(self.waiting)
+
+        def offer(self, room: int) -> list[Record]:
+            self.asked += 1
+            return super().offer(room)
+
+    first, second, third = records(3)
+    spool = Telling([first])
+    session = a_session(spool)
+    online(session)
+    assert (spool.asked, spool.offered) == (1, [first.id])
+    session.acked(session.link, list(session._in_flight), s(0.1))
+    actions, wake = session.step(s(0.2))  # neither an acknowledgement nor the time of a poll is a reason
+    assert (actions, wake, spool.asked) == ([], s(IDLE_POLL_MS / 1000), 1)
+    spool.waiting.append(second)
+    session.look()
+    session.step(s(0.3))
+    assert spool.offered == [first.id, second.id]
+    spool.waiting.append(third)  # and says nothing
+    _, wake = session.step(s(0.4))
+    assert wake is not None and spool.asked == 2
+    session.step(wake)
+    assert spool.offered == [first.id, second.id, third.id]
+    session.lost(session.link, wake, "gone")
+    again_ns = session._wake_ns
+    session.step(again_ns)
+    session.connected(session.link, again_ns)
+    session.step(again_ns)
+    assert again_ns < wake + s(IDLE_POLL_MS / 1000), "a new link asks at once"
+    assert spool.offered[3:] == [second.id, third.id]
+
+
+def test_a_port_that_holds_records_back_is_asked_at_every_poll() -> None:
+    class Throttled(MemorySpool):
+        asked = 0
+
+        def offer(self, room: int) -> list[Record]:
+            self.asked += 1
+            return []
+
+    spool = Throttled()
+    session = a_session(spool)
+    online(session)
+    _, wake = session.step(s(1))
+    assert wake == s(1) + SETTINGS.poll_ms * NS_PER_MS and spool.asked == 2
+    session.step(wake)
+    assert spool.asked == 3
 
 
 def test_an_offer_beyond_the_room_is_a_bug_that_is_seen() -> None:

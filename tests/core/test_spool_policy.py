@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,6 +135,35 @@ def test_a_capture_waits_with_the_backlog_while_live_records_go_past_it() -> Non
     drain.requeue({part.id: part for part in parts}.get)
     assert drain.offer(NS_PER_S, 10, _stored(), 1 << 20) == parts[:3]
     assert drain.offer(2 * NS_PER_S, 10, _stored(), 1 << 20) == parts[3:]
+
+
+def test_the_drain_knows_whether_anything_may_be_left() -> None:
+    backlog = [_record(n, start=1) for n in range(1, 4)]
+    drain = _drain(rate=2)
+
+    def offer(at_s: int, *stored: Record) -> tuple[list[Record], bool]:
+        return drain.offer(at_s * NS_PER_S, 50, _stored(*stored), 1 << 20), drain.more
+
+    assert offer(0, *backlog) == (backlog[:2], True)
+    assert offer(0, *backlog) == ([], True), "the bucket is empty, and who knows"
+    assert offer(1, *backlog) == (backlog[2:], True)
+    assert offer(2, *backlog) == ([], False)
+    drain.append([live := _record(1)])
+    assert (drain.more, offer(2), offer(2)) == (True, ([live], True), ([], False))
+    drain.ack(record.id for record in backlog)
+    drain.requeue({live.id: live}.get)
+    assert (drain.more, offer(2)) == (True, ([live], True))
+
+
+def test_what_has_to_leave_ram_or_comes_back_behind_the_cursor_may_be_given_again() -> None:
+    live = [_record(n) for n in range(1, 4)]
+    drain = _drain()
+    drain.append(live)
+    drain.offer(0, 1, _stored(), 1 << 20)
+    for change in (partial(drain.trim, 1, 1 << 20, ()), partial(drain.rewind, ROUTINE, live[0].id)):
+        drain.more = False
+        change()
+        assert drain.more
 
 
 def test_after_the_link_died_everything_in_flight_comes_again_in_order_of_id() -> None:

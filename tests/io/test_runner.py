@@ -29,6 +29,7 @@ class Watched:
     def __init__(self, directory: Path) -> None:
         minter = Minter(1, "car", guard=nullcontext())
         self.ids: list[int] = []
+        self.looks = 0
         self.spool = Spool.open(
             str(directory / "spool"), SpoolSettings(ballast=False), start=1, now=CLOCK.now(), ledger=Ledger(),
             mint=lambda draft: minter.mint(draft, CLOCK.now()), connect=sqlite3.connect,
@@ -40,11 +41,15 @@ class Watched:
         self.runner = SpoolRunner(
             self.spool,
             mint,
-            lambda records: self.ids.extend(r.id for r in records),
+            self._kept,
             CLOCK.now,
             Heart("spool"),
             20,
         )
+
+    def _kept(self, records: list[Record]) -> None:
+        self.ids += [record.id for record in records]
+        self.looks += not records
 
 
 def drafts(n: int) -> list[Draft]:
@@ -84,6 +89,30 @@ def test_what_is_offered_and_acknowledged_leaves_and_what_is_requeued_comes_back
     while len(again) < 3:
         again += watched.runner.offer(10)
     assert sorted(record.counter for record in again) == [3, 4, 5]
+
+
+def test_records_that_the_spool_itself_makes_are_told_of_after_the_tick(watched: Watched) -> None:
+    def nothing_left() -> bool:
+        return not watched.runner.offer(10) and not watched.runner.more
+
+    wait_for("the end of what there is", nothing_left)
+    looks = watched.looks
+    own = Record((1 << 32) + 1, "event", Level.ALARM, b"{}")
+    watched.runner.call(lambda spool: spool.append([own]))
+    wait_for("a look", lambda: watched.looks > looks)
+    assert watched.runner.offer(10) == [own]
+
+
+def test_a_spool_that_is_too_busy_to_answer_may_have_more(watched: Watched) -> None:
+    wait_for("the end of what there is", lambda: not watched.runner.offer(10) and not watched.runner.more)
+    busy = threading.Event()
+    asker = threading.Thread(target=lambda: watched.runner.call(lambda _: busy.wait()))
+    asker.start()
+    try:
+        assert watched.runner.offer(10) == [] and watched.runner.more
+    finally:
+        busy.set()
+        asker.join()
 
 
 def test_a_spool_that_dies_is_told_and_stops_nobody(tmp_path: Path) -> None:
