@@ -9,6 +9,7 @@ COMMIT is used, so that a recording connection can stand in.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sqlite3
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any, NamedTuple
 
 from tbox.model import COUNTER_BITS
 from tbox.spool import schema
-from tbox.spool.policy import LANES, RUN_RECORDS_MAX, IdRanges, Lane, StoredRun, is_packed, packed, unpacked
+from tbox.spool.policy import LANES, IdRanges, Lane, StoredRun, is_packed, packed, unpacked
+from tbox.spool.ram import RUN_RECORDS_MAX
 from tbox.spool.schema import Connection
 
 # Small pages waste least beside what a commit writes anyway: the first page, an inner page, a half-full leaf.
@@ -160,6 +162,12 @@ _SIZES = "r.id, r.n, r.kind, r.at, length(r.sealed), p.gone"
 TABLES = "{} r LEFT JOIN partly p ON p.id = r.id"
 
 
+@functools.cache
+def _insert_sql(lane: Lane, rows: int) -> str:
+    values = ", ".join(["(?, ?, ?, ?, ?, ?)"] * rows)
+    return f"INSERT OR IGNORE INTO {lane.name} (id, n, kind, level, at, sealed) VALUES {values}"
+
+
 class Flash:
     """An open spool file. One connection, one thread."""
 
@@ -221,9 +229,7 @@ class Flash:
         newest = max((run.last_id for run in runs), default=0)
         for at in range(0, len(runs), INSERT_ROWS):
             part = runs[at : at + INSERT_ROWS]
-            values = ", ".join(["(?, ?, ?, ?, ?, ?)"] * len(part))
-            sql = f"INSERT OR IGNORE INTO {lane.name} (id, n, kind, level, at, sealed) VALUES {values}"
-            self._db.execute(sql, [value for run in part for value in run[:6]])
+            self._db.execute(_insert_sql(lane, len(part)), [value for run in part for value in run[:6]])
         if newest > self._newest[lane]:
             self._newest[lane] = newest
             if self._tombstone[lane] is not None:
@@ -238,7 +244,7 @@ class Flash:
         The newest run of a table stays as an empty row. It is the only trace of how far a start had
         committed, and costs no page that is not written anyway.
         """
-        for lane in LANES:
+        for lane in LANES if ids else ():
             neighbours: list[StoredRun] = []  # whole runs with nothing left between them
             upto = 0
             for run in self._touched(lane, ids):

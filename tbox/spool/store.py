@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -21,6 +21,7 @@ from tbox.durable import OsStorage, Storage
 from tbox.ledger import Ledger
 from tbox.model import COUNTER_BITS, Draft, Level, Now, Record
 from tbox.spool.ballast import Ballast
+from tbox.spool.drain import Drain, TokenBucket
 from tbox.spool.flash import (
     FILE_NAME,
     Connect,
@@ -48,22 +49,20 @@ from tbox.spool.policy import (
     ALARM,
     LANES,
     ROUTINE,
-    Drain,
     Dropped,
     IdRanges,
     Lane,
     SettledClock,
     StoredRun,
-    TokenBucket,
     evict_target_bytes,
     lane_of,
     pick_expired,
     pick_oldest,
     ranges_of,
-    runs_of,
     trusted_wall_s,
     unpacked,
 )
+from tbox.spool.ram import RamQueue, RamRun, runs_of
 from tbox.spool.recover import Found
 from tbox.spool.rescue import Rescue
 from tbox.spool.schema import KIND_CODES, KIND_NAMES
@@ -172,8 +171,7 @@ class Spool:
         self._keys: Keyring | None = None
         self._own: StartRow | None = None
         self._start_rows: list[StartRow] = []  # what this start writes about starts, should it be in doubt
-        self._open: dict[int, Record] = {}  # appended and not known to be committed
-        self._open_bytes = 0
+        self._open = RamQueue()  # appended and not known to be committed
         self._urgent_waits = False
         # lane -> id up to which the backlog of earlier starts is counted; a lane leaves when it is done
         self._uncounted_after: dict[Lane, int] = dict.fromkeys(LANES, 0)
@@ -199,16 +197,13 @@ class Spool:
 
     def append(self, records: Sequence[Record]) -> None:
         """Take records into the open tick. They are safe when a `tick` has committed them."""
-        if not records:
-            return
-        by_id = {record.id: record for record in records}
-        self._open |= by_id
-        self._open_bytes += sum(len(record.payload) for record in records)
-        self._urgent_waits |= self._drain.append(records)
-        self._highest_id = max(self._highest_id, *by_id)
+        for run in runs_of(records):
+            self._open.append(run)
+            self._urgent_waits |= self._drain.append(run)
+            self._highest_id = max(self._highest_id, run.last)
         self._account.into += len(records)
         self._account.held += len(records)
-        if self._open_bytes > self._settings.ram_bytes_max:
+        if self._open.size_bytes > self._settings.ram_bytes_max:
             self._shrink_ram()
 
     @property
@@ -218,7 +213,7 @@ class Spool:
             return False  # the flash is tried again at its own pace
         if self._drain.gone and self._runs_read >= READ_RUNS_PER_COMMIT:
             return True
-        return self._urgent_waits or self._open_bytes >= self._settings.commit_bytes
+        return self._urgent_waits or self._open.size_bytes >= self._settings.commit_bytes
 
     # --- what goes out --------------------------------------------------------------------------------
 
@@ -232,16 +227,16 @@ class Spool:
             self._account.out += len(ones)
             for first, last in ranges_of(ones):
                 self._leave(lane, first, last)
-            for first, last in ranges_of([one for one in ones if not self._forget_open(one)]):
-                self._drain.gone.add(first, last)
+                self._forget(first, last)
 
-    def _forget_open(self, one: int) -> bool:
-        """Take a record out of the open tick; return whether that was all there is of it."""
-        record = self._open.pop(one, None)
-        if record is None:
-            return False
-        self._open_bytes -= len(record.payload)
-        return not self._tried
+    def _forget(self, first: int, last: int) -> None:
+        """Take these out of the open tick; what may be on flash all the same leaves with the next commit."""
+        never_stored = IdRanges()
+        for run in self._open.remove(first, last):
+            if not self._tried:
+                never_stored.add(run.first, run.last)
+        for begin, end in never_stored.without(first, last):
+            self._drain.gone.add(begin, end)
 
     def requeue(self) -> None:
         """The link died: everything in flight will be offered again under its old id."""
@@ -341,7 +336,7 @@ class Spool:
     def _commit_all(self, now: Now) -> None:
         """Commit in portions: one portion but after an outage, when the RAM ring comes back to flash."""
         if self._ballast is not None and self._flash is not None:
-            growth = self._open_bytes + self._rescue.returned_bytes
+            growth = self._open.size_bytes + self._rescue.returned_bytes
             self._ballast.fit(self._flash.file_bytes() + growth, grow=False)
         while self._has_work():
             try:
@@ -352,6 +347,7 @@ class Spool:
                     raise
                 self._flash.rollback()
         self._urgent_waits = False  # nothing is open any more: committed, or acknowledged before it was
+        self._drain.trim(self._settings.live_records_max, self._settings.live_bytes_max)
 
     def _has_work(self) -> bool:
         return bool(self._open or self._tried or self._drain.gone or self._rescue.is_due or self._told_of())
@@ -369,19 +365,14 @@ class Spool:
             flash.note_away(self._drain.gone)
         flash.delete(self._drain.gone, self._spoiled)
         self._make_room(flash)
-        told = [self._mint_drop(one, now) for one in self._told_of()]
-        self._dropped = {cause: Dropped(cause) for cause in CAUSES}
-        sealed = self._sealed(told, now)
-        self._tried += sealed
-        self._insert(flash, sealed)
+        self._tell(flash, now)
         flash.commit()
         self._settle()
 
     def _settle(self) -> None:
         """The transaction is on flash."""
         for _, run in self._tried:
-            settled = map(self._open.pop, range(run.id, run.last_id + 1), itertools.repeat(None))
-            self._open_bytes -= sum(len(record.payload) for record in settled if record)
+            self._open.remove(run.id, run.last_id)
         self._tried = []
         self._unsealed = 0, []
         self._drain.committed()
@@ -390,27 +381,33 @@ class Spool:
         for lane, run in self._rescue.returned:
             self._drain.rewind(lane, run.id)
         self._rescue.settle()
-        self._drain.trim(self._settings.live_records_max, self._settings.live_bytes_max, self._open)
 
     def _told_of(self) -> list[Dropped]:
         return [one for one in self._dropped.values() if one.told]
 
-    def _portion(self) -> list[Record]:
-        """Return the oldest open records, as many as one transaction may add beyond the cap."""
-        if self._open_bytes <= COMMIT_BYTES_MAX:
-            return list(self._open.values())
-        portion: list[Record] = []
+    def _tell(self, flash: Flash, now: Now) -> None:
+        """Put what this transaction loses into it as drop records."""
+        lost = self._told_of()
+        if not lost:
+            return
+        told = [self._mint_drop(one, now) for one in lost]
+        self._dropped = {cause: Dropped(cause) for cause in CAUSES}
+        sealed = self._sealed(runs_of(told), now)
+        self._tried += sealed
+        self._insert(flash, sealed)
+
+    def _portion(self) -> Iterator[RamRun]:
+        """Yield the oldest open runs, as many as one transaction may add beyond the cap."""
         left_bytes = COMMIT_BYTES_MAX
-        for record in self._open.values():
+        for run in self._open:
             if left_bytes <= 0:
                 break
-            portion.append(record)
-            left_bytes -= len(record.payload)
-        return portion
+            yield run
+            left_bytes -= run.size_bytes
 
-    def _sealed(self, records: Sequence[Record], now: Now) -> list[tuple[Lane, Run]]:
+    def _sealed(self, runs: Iterable[RamRun], now: Now) -> list[tuple[Lane, Run]]:
         at_s = trusted_wall_s(now)
-        return [(lane_of(run[0]), self._sealed_run(run, at_s)) for run in runs_of(records)]
+        return [(lane_of(run.records[0]), self._sealed_run(run.records, at_s)) for run in runs]
 
     def _sealed_run(self, records: Sequence[Record], at_s: int | None) -> Run:
         assert self._keys is not None
@@ -563,7 +560,7 @@ class Spool:
         self._account.into += early
         self._account.held -= last - first + 1 - early
         if self._rescue.files:
-            self._rescue.leave(first, last, sum(one not in self._open for one in range(first, last + 1)))
+            self._rescue.leave(first, last, last - first + 1 - self._open.count(first, last))
 
     def _count(self, rows_max: int) -> None:
         """Count a part of what earlier starts left, so that opening never waits for a full scan."""
@@ -725,13 +722,13 @@ class Spool:
     def _shrink_ram(self) -> None:
         """The RAM ring is full: the oldest routine records go first, alarms last, and all are counted."""
         for alarms in (False, True):
-            for record in list(self._open.values()):
-                if self._open_bytes <= self._settings.ram_bytes_max:
+            runs = (run for run in self._open if run.records[0].is_alarm == alarms)
+            for record in itertools.chain.from_iterable(run.records for run in runs):
+                if self._open.size_bytes <= self._settings.ram_bytes_max:
                     return
-                if record.is_alarm != alarms or record.id in self._drain.in_flight:
+                if record.id in self._drain.in_flight:
                     continue
-                del self._open[record.id]
-                self._open_bytes -= len(record.payload)
+                self._open.remove(record.id, record.id)
                 self._drain.drop(record.id, record.id)
                 if self._tried:
                     self._drain.gone.add(record.id)
@@ -768,7 +765,7 @@ class Spool:
             "counted": not self._uncounted_after,
             "in_flight": len(self._drain.in_flight),
             "open_records": len(self._open),
-            "open_bytes": self._open_bytes,
+            "open_bytes": self._open.size_bytes,
             "newest_id": flash.newest_id if flash else None,
             "used_bytes": flash.used_bytes() if flash else None,
             "quota_bytes": self._settings.quota_bytes,

@@ -21,7 +21,7 @@ import persistqueue
 from tbox.ledger import Ledger
 from tbox.model import NS_PER_S, Draft, Level, Now, Record, record_id
 from tbox.spool.flash import pragmas
-from tbox.spool.policy import runs_of
+from tbox.spool.ram import runs_of
 from tbox.spool.seal import KEY_BYTES, Sealer
 from tbox.spool.store import Spool, SpoolSettings
 from tests.bench.harness import Result, interleaved
@@ -141,7 +141,11 @@ def _sealed_bodies() -> list[bytes]:
     sealer = Sealer(bytes(KEY_BYTES))
     commits = portions(LOG_ROUNDS_COMMITS, PER_COMMIT, RECORD_BYTES)
     runs = (run for records in commits for run in runs_of(records))
-    return [sealer.seal(run[0].id, run[0].kind, run[0].level, [r.payload for r in run]) for run in runs]
+    return [
+        sealer.seal(first.id, first.kind, first.level, [one.payload for one in run.records])
+        for run in runs
+        if (first := run.records[0])
+    ]
 
 
 def _raw_append() -> float:

@@ -271,7 +271,7 @@ def test_a_changed_configuration_erases_nothing_that_still_fits(tmp_path: Path) 
 def test_a_backlog_of_earlier_starts_is_counted_in_portions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tbox.spool.policy.RUN_RECORDS_MAX", 5)
+    monkeypatch.setattr("tbox.spool.ram.RUN_RECORDS_MAX", 5)
     rig = Rig(tmp_path, quota_bytes=1 << 24)
     rig.put(300, fill=10)
     rig.put(3, level=Level.ALARM)
