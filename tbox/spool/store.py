@@ -433,9 +433,10 @@ class Spool:
 
     def _make_room(self, flash: Flash) -> None:
         """Evict inside the open transaction until the pages in use fit the cap again."""
-        if flash.used_bytes() <= self._settings.quota_bytes - EVICTION_HEADROOM_BYTES:
+        quota_bytes = self._settings.quota_bytes - EVICTION_HEADROOM_BYTES
+        if flash.fits(quota_bytes):
             return
-        target = evict_target_bytes(self._settings.quota_bytes - EVICTION_HEADROOM_BYTES)
+        target = evict_target_bytes(quota_bytes)
         for lane, events_too in ((ROUTINE, False), (ROUTINE, True), (ALARM, False)):
             self._evict_lane(flash, lane, events_too, target)
 
