@@ -268,10 +268,11 @@ def test_what_led_to_an_alarm_is_on_flash_as_soon_as_it_is_sealed(tmp_path: Path
     again.close()
 
 
+@pytest.mark.parametrize(("limit", "value"), [("READ_RUNS_PER_COMMIT", 5), ("READ_BYTES_PER_COMMIT", 1700)])
 def test_a_drain_commits_in_portions_so_that_live_records_wait_for_few_pages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
-    monkeypatch.setattr("tbox.spool.store.READ_RUNS_PER_COMMIT", 5)
+    monkeypatch.setattr(f"tbox.spool.store.{limit}", value)
     rig = Rig(tmp_path, quota_bytes=1 << 24, live_records_max=1)
     for second in range(30):  # a run each
         rig.put(3)
