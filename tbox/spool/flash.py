@@ -73,9 +73,10 @@ class Run(NamedTuple):
 def is_sound(run: Run | StoredRun) -> bool:
     """Whether a row's columns can be those of a run: damage may leave any type in any column."""
     level, sealed = (run.level, run.sealed) if isinstance(run, Run) else (0, None)
-    numbers = all(isinstance(one, int) for one in (run.n, run.kind, level))
     return (
-        numbers
+        isinstance(run.n, int)
+        and isinstance(run.kind, int)
+        and isinstance(level, int)
         and 1 <= run.n <= RUN_RECORDS_MAX
         and isinstance(sealed, bytes | None)
         and is_packed(run.gone, run.id)

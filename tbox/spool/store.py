@@ -19,7 +19,7 @@ import structlog
 
 from tbox.durable import OsStorage, Storage
 from tbox.ledger import Ledger
-from tbox.model import COUNTER_BITS, Draft, Level, Now, Record
+from tbox.model import COUNTER_BITS, NS_PER_S, Draft, Level, Now, Record
 from tbox.spool.ballast import Ballast
 from tbox.spool.drain import Drain, TokenBucket
 from tbox.spool.flash import (
@@ -85,7 +85,7 @@ EVICTION_HEADROOM_BYTES = 8 * 1024
 SWEEP_ROWS_PER_TICK = 256  # rows looked at for their age
 COMMIT_BYTES_MAX = 1024 * 1024  # one transaction; less than what the hard cap leaves above the quota
 COUNT_ROWS_AT_OPEN = 8192  # backlog of earlier starts counted before the first tick
-COUNT_ROWS_PER_TICK = 2048
+COUNT_ROWS_PER_S = 1024  # and after it, since live records wait for that too
 CAUSES = ("damage", "age", "quota")
 
 
@@ -177,6 +177,7 @@ class Spool:
         self._urgent_waits = False
         # lane -> id up to which the backlog of earlier starts is counted; a lane leaves when it is done
         self._uncounted_after: dict[Lane, int] = dict.fromkeys(LANES, 0)
+        self._count_due_ns = 0
         self._dropped = {cause: Dropped(cause) for cause in CAUSES}  # and not told yet
         # What the last commit tried to write: should that fail, it is tried again run by run as it was, for
         # it may be on flash all the same.
@@ -329,7 +330,7 @@ class Spool:
             self._fetch_salvaged()
             with self._meter.measure(now):
                 self._commit_all(now)
-            self._count(COUNT_ROWS_PER_TICK)
+            self._count_on(now)
         except (sqlite3.Error, OSError) as error:
             self._flash_failed(error)
             return
@@ -567,6 +568,11 @@ class Spool:
         if self._rescue.files:
             self._rescue.leave(first, last, last - first + 1 - self._open.count(first, last))
 
+    def _count_on(self, now: Now) -> None:
+        if self._uncounted_after and now.mono_ns >= self._count_due_ns:
+            self._count_due_ns = now.mono_ns + NS_PER_S
+            self._count(COUNT_ROWS_PER_S)
+
     def _count(self, rows_max: int) -> None:
         """Count a part of what earlier starts left, so that opening never waits for a full scan."""
         for lane, after in list(self._uncounted_after.items()):
@@ -574,17 +580,22 @@ class Spool:
                 return
             runs = self._flash.sizes(lane, after, rows_max)
             found = [run for run in runs if run.id < first_id(self._start)]
-            for run in found:
-                gone = unpacked(run.gone, run.id)
-                parts = gone.without(run.id, run.last_id)
-                acked = sum(b - a + 1 for part in parts for a, b in self._drain.gone.within(*part))
-                self._account.into += run.n - len(gone) - acked
-                self._account.held += run.n - len(gone) - acked
+            held = sum(map(self._held_of, found))
+            self._account.into += held
+            self._account.held += held
             if len(found) < rows_max:
                 del self._uncounted_after[lane]
             else:
                 self._uncounted_after[lane] = found[-1].last_id
             rows_max -= len(found)
+
+    def _held_of(self, run: StoredRun) -> int:
+        """Return how many records of a stored run are neither gone nor about to go."""
+        if run.gone is None and not self._drain.gone:
+            return run.n
+        gone = unpacked(run.gone, run.id)
+        parts = gone.without(run.id, run.last_id)
+        return run.n - len(gone) - sum(b - a + 1 for part in parts for a, b in self._drain.gone.within(*part))
 
     # --- opening --------------------------------------------------------------------------------------
 
