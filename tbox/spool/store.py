@@ -19,7 +19,7 @@ import structlog
 
 from tbox.durable import OsStorage, Storage
 from tbox.ledger import Ledger
-from tbox.model import COUNTER_BITS, NS_PER_S, Draft, Level, Now, Record
+from tbox.model import COUNTER_BITS, Draft, Level, Now, Record
 from tbox.spool.ballast import Ballast
 from tbox.spool.drain import Drain, TokenBucket
 from tbox.spool.flash import (
@@ -68,6 +68,7 @@ from tbox.spool.rescue import Rescue
 from tbox.spool.schema import KIND_CODES, KIND_NAMES
 from tbox.spool.seal import Random, sealed_overhead_bytes
 from tbox.spool.starts import PreviousStart, needed_starts, previous_start
+from tbox.spool.tally import ROWS_AT_OPEN, Tally
 
 log = structlog.get_logger()
 
@@ -84,8 +85,6 @@ EVICT_ROWS_READ = 256
 EVICTION_HEADROOM_BYTES = 8 * 1024
 SWEEP_ROWS_PER_TICK = 256  # rows looked at for their age
 COMMIT_BYTES_MAX = 1024 * 1024  # one transaction; less than what the hard cap leaves above the quota
-COUNT_ROWS_AT_OPEN = 8192  # backlog of earlier starts counted before the first tick
-COUNT_ROWS_PER_S = 1024  # and after it, since live records wait for that too
 CAUSES = ("damage", "age", "quota")
 
 
@@ -164,6 +163,7 @@ class Spool:
         self._random = random
         self._migrate = migrate
         self._account = ledger.stage("spool", "records")
+        self._tally = Tally(self._account, start)
         self._drain = Drain(
             TokenBucket(settings.backlog_records_s, max(1, settings.backlog_records_s // 5)),
             TokenBucket(settings.backlog_bytes_s, max(64 * 1024, settings.backlog_bytes_s // 5)),
@@ -175,9 +175,6 @@ class Spool:
         self._start_rows: list[StartRow] = []  # what this start writes about starts, should it be in doubt
         self._open = RamQueue()  # appended and not known to be committed
         self._urgent_waits = False
-        # lane -> id up to which the backlog of earlier starts is counted; a lane leaves when it is done
-        self._uncounted_after: dict[Lane, int] = dict.fromkeys(LANES, 0)
-        self._count_due_ns = 0
         self._dropped = {cause: Dropped(cause) for cause in CAUSES}  # and not told yet
         # What the last commit tried to write: should that fail, it is tried again run by run as it was, for
         # it may be on flash all the same.
@@ -330,7 +327,8 @@ class Spool:
             self._fetch_salvaged()
             with self._meter.measure(now):
                 self._commit_all(now)
-            self._count_on(now)
+            if self._flash is not None:
+                self._tally.go_on(now, self._flash, self._drain.gone)
         except (sqlite3.Error, OSError) as error:
             self._flash_failed(error)
             return
@@ -507,7 +505,7 @@ class Spool:
 
     def _fetch_salvaged(self) -> None:
         """Read a portion of a file put aside; the next commit brings it home."""
-        if not self._rescue.files or self._uncounted_after or self._flash is None:
+        if not self._rescue.files or not self._tally.is_done or self._flash is None:
             return
         for found in self._rescue.fetch(self._flash, self._is_whole, COMMIT_BYTES_MAX):
             self._take_found(self._flash, found)
@@ -555,47 +553,11 @@ class Spool:
             self._account.held -= lost
             self._account.drop("damage", lost)
 
-    # --- the account ----------------------------------------------------------------------------------
-
     def _leave(self, lane: Lane, first: int, last: int) -> None:
-        """Records are no longer held; those that were not counted yet are taken in first."""
-        uncounted = self._uncounted_after.get(lane)
-        early = 0
-        if uncounted is not None:
-            early = max(0, min(last, first_id(self._start) - 1) - max(first, uncounted + 1) + 1)
-        self._account.into += early
-        self._account.held -= last - first + 1 - early
+        """Records are no longer held."""
+        self._tally.leave(lane, first, last)
         if self._rescue.files:
             self._rescue.leave(first, last, last - first + 1 - self._open.count(first, last))
-
-    def _count_on(self, now: Now) -> None:
-        if self._uncounted_after and now.mono_ns >= self._count_due_ns:
-            self._count_due_ns = now.mono_ns + NS_PER_S
-            self._count(COUNT_ROWS_PER_S)
-
-    def _count(self, rows_max: int) -> None:
-        """Count a part of what earlier starts left, so that opening never waits for a full scan."""
-        for lane, after in list(self._uncounted_after.items()):
-            if self._flash is None or rows_max <= 0:
-                return
-            runs = self._flash.sizes(lane, after, rows_max)
-            found = [run for run in runs if run.id < first_id(self._start)]
-            held = sum(map(self._held_of, found))
-            self._account.into += held
-            self._account.held += held
-            if len(found) < rows_max:
-                del self._uncounted_after[lane]
-            else:
-                self._uncounted_after[lane] = found[-1].last_id
-            rows_max -= len(found)
-
-    def _held_of(self, run: StoredRun) -> int:
-        """Return how many records of a stored run are neither gone nor about to go."""
-        if run.gone is None and not self._drain.gone:
-            return run.n
-        gone = unpacked(run.gone, run.id)
-        parts = gone.without(run.id, run.last_id)
-        return run.n - len(gone) - sum(b - a + 1 for part in parts for a, b in self._drain.gone.within(*part))
 
     # --- opening --------------------------------------------------------------------------------------
 
@@ -629,19 +591,11 @@ class Spool:
             self._keys.learn(copied_keys(self._storage, self._directory))
             self._note_start(flash, self._keys, known, copied)
             self._rescue.recall(flash.away())
-            self._count_from(flash)
+            self._tally.count(flash, self._drain.gone, ROWS_AT_OPEN)
         except BaseException:
             flash.close()
             raise
         self._flash = flash
-
-    def _count_from(self, flash: Flash) -> None:
-        self._flash = flash
-        try:
-            self._count(COUNT_ROWS_AT_OPEN)
-        except BaseException:
-            self._flash = None
-            raise
 
     def _put_aside(self, error: sqlite3.Error) -> None:
         """The file is damaged: keep it under another name and go on with a new one."""
@@ -650,7 +604,7 @@ class Spool:
         log.error("spool_damaged", reason=str(error), put_aside=name)
         self._unsealed = 0, []
         self._suspects.clear()
-        self._uncounted_after = {}
+        self._tally.end()
 
     def _open_file(self) -> Flash:
         path = f"{self._directory}/{FILE_NAME}"
@@ -778,7 +732,7 @@ class Spool:
             "reason": self._outage.reason,
             "start": self._start,
             "records": self._account.held,
-            "counted": not self._uncounted_after,
+            "counted": self._tally.is_done,
             "in_flight": len(self._drain.in_flight),
             "open_records": len(self._open),
             "open_bytes": self._open.size_bytes,

@@ -304,8 +304,8 @@ def test_a_backlog_of_earlier_starts_is_counted_in_portions(
     rig.put(300, fill=10)
     rig.put(3, level=Level.ALARM)
     rig.close()
-    monkeypatch.setattr("tbox.spool.store.COUNT_ROWS_AT_OPEN", 50)
-    monkeypatch.setattr("tbox.spool.store.COUNT_ROWS_PER_S", 40)
+    monkeypatch.setattr("tbox.spool.store.ROWS_AT_OPEN", 50)
+    monkeypatch.setattr("tbox.spool.tally.ROWS_PER_S", 40)
     again = Rig(tmp_path, 2, quota_bytes=1 << 24)
     assert again.spool.depth < 303 and not again.spool.stat()["counted"]
     acked = [record for _ in range(2) for record in again.spool.offer(Now(0), 61)]
