@@ -149,13 +149,17 @@ class RamQueue:
         taken: list[Record] = []
         while self._runs and records_max > 0 and bytes_max > 0:
             run = self._runs[0]
-            n = len(run.records)
-            if n > records_max or run.size_bytes > bytes_max:
+            if len(run.records) > records_max or run.size_bytes > bytes_max:
                 n = _fitting(run.records[:records_max], bytes_max)
-            (out,) = self.remove(run.first, run.first + n - 1)
-            taken += out.records
-            records_max -= n
-            bytes_max -= out.size_bytes
+                run, *left = [part for part in (run.part(0, n), run.part(n, sys.maxsize)) if part.records]
+                self._runs[0:1] = left
+            else:
+                del self._runs[0]
+            self._n -= len(run.records)
+            self.size_bytes -= run.size_bytes
+            taken += run.records
+            records_max -= len(run.records)
+            bytes_max -= run.size_bytes
         return taken
 
 

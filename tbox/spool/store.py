@@ -313,6 +313,7 @@ class Spool:
         stay in RAM, an alarm says so, and later ticks try again.
         """
         self._now = now
+        self._meter.follow(now)
         if self._outage.waits(now):
             self._report_ram(now)
             return
@@ -325,8 +326,7 @@ class Spool:
             if self._outage.reason:
                 self._report_ram(now, force=True)
             self._fetch_salvaged()
-            with self._meter.measure(now):
-                self._commit_all(now)
+            self._commit_all(now)
             if self._flash is not None:
                 self._tally.go_on(now, self._flash, self._drain.gone)
         except (sqlite3.Error, OSError) as error:
@@ -418,12 +418,15 @@ class Spool:
         sealer = self._keys.sealer(first.start)
         assert sealer is not None, first.start
         sealed = sealer.seal(first.id, first.kind, first.level, [record.payload for record in records])
-        return Run(first.id, len(records), KIND_CODES[first.kind], first.level, at_s, sealed)
+        # A plain int: sqlite3 looks long for a way to store an enum.
+        return Run(first.id, len(records), KIND_CODES[first.kind], int(first.level), at_s, sealed)
 
     @staticmethod
     def _insert(flash: Flash, runs: Sequence[tuple[Lane, Run]]) -> None:
         for lane in LANES:
-            flash.insert(lane, [run for its, run in runs if its is lane])
+            its_runs = [run for its, run in runs if its is lane]
+            if its_runs:
+                flash.insert(lane, its_runs)
 
     def _mint_drop(self, dropped: Dropped, now: Now) -> Record:
         """Make the record that tells a loss. It has alarm priority, so that it outlives what it tells of."""
@@ -727,6 +730,7 @@ class Spool:
     def stat(self) -> dict[str, Any]:
         """Return plain values for `tbox status` and health records."""
         flash = self._flash
+        self._meter.count()
         return {
             "state": "ram" if self._outage.reason else "flash",
             "reason": self._outage.reason,
