@@ -91,7 +91,10 @@ class RamQueue:
         return iter(list(self._runs))
 
     def append(self, run: RamRun) -> None:
-        """Add a run behind the others; it grows the last one where both can be one."""
+        """Add a run, as a rule behind the others; it grows the last one where both can be one."""
+        if self._runs and run.first <= self._runs[-1].last:
+            self.put_back(run.records)
+            return
         joined = self._runs[-1].joined(run) if self._runs else None
         if joined is not None:
             self._runs[-1] = joined

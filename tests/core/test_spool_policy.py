@@ -72,6 +72,7 @@ _does = st.one_of(
     st.tuples(st.just("remove"), st.integers(1, 80), st.integers(0, 9)),
     st.tuples(st.just("take"), st.integers(-1, 9), st.sampled_from([-1, 1, 11, 20_000, 1 << 20])),
     st.tuples(st.just("put back"), st.integers(1, 80)),
+    st.tuples(st.just("append late"), st.integers(1, 80)),
 )
 
 
@@ -104,7 +105,11 @@ def test_a_queue_in_ram_is_a_sorted_list_of_records(does: list[tuple[Any, ...]])
             out |= {record.id: held.pop(record.id) for record in taken}
         else:
             back = [out.pop(one) for one in list(out) if one <= numbers[0]]
-            queue.put_back(back)
+            if what == "put back":
+                queue.put_back(back)
+            else:
+                for run in runs_of(back):
+                    queue.append(run)
             held = dict(sorted([*held.items(), *((record.id, record) for record in back)]))
         assert [record for run in queue for record in run.records] == list(held.values())
         assert len(queue) == len(held)
