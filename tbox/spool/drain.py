@@ -185,9 +185,6 @@ class Drain:
         """A record with this id came to flash behind the cursor."""
         self._cursor[lane] = min(self._cursor[lane], one - 1)
 
-    def fresh_count(self) -> int:
-        return sum(len(queue) for _, queue in self._queues())
-
     def _forget(self, first: int, last: int) -> None:
         for _, queue in self._queues():
             queue.remove(first, last)
