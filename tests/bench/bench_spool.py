@@ -139,13 +139,13 @@ def _put_peer() -> float:
 def _sealed_bodies() -> list[bytes]:
     """Return what the spool stores in LOG_ROUNDS_COMMITS commits, sealed beforehand."""
     sealer = Sealer(bytes(KEY_BYTES))
-    commits = portions(LOG_ROUNDS_COMMITS, PER_COMMIT, RECORD_BYTES)
-    runs = (run for records in commits for run in runs_of(records))
-    return [
-        sealer.seal(first.id, first.kind, first.level, [one.payload for one in run.records])
-        for run in runs
-        if (first := run.records[0])
-    ]
+    bodies = []
+    for records in portions(LOG_ROUNDS_COMMITS, PER_COMMIT, RECORD_BYTES):
+        for run in runs_of(records):
+            first = run.records[0]
+            payloads = [record.payload for record in run.records]
+            bodies.append(sealer.seal(first.id, first.kind, first.level, payloads))
+    return bodies
 
 
 def _raw_append() -> float:
