@@ -82,9 +82,8 @@ def test_a_queue_in_ram_is_a_sorted_list_of_records(does: list[tuple[Any, ...]])
     for what, *numbers in does:
         if what == "append":
             n, size, gap = numbers
-            more = [
-                Record(newest + gap + one, "telemetry", Level.INFO, bytes(size)) for one in range(1, n + 1)
-            ]
+            level = Level.WARNING if size else Level.INFO
+            more = [Record(newest + gap + one, "telemetry", level, bytes(size)) for one in range(1, n + 1)]
             newest = more[-1].id
             held |= {record.id: record for record in more}
             for run in runs_of(more):
@@ -112,6 +111,7 @@ def test_a_queue_in_ram_is_a_sorted_list_of_records(does: list[tuple[Any, ...]])
                     queue.append(run)
             held = dict(sorted([*held.items(), *((record.id, record) for record in back)]))
         assert [record for run in queue for record in run.records] == list(held.values())
+        assert all(list(runs_of(run.records)) == [run] for run in queue)
         assert len(queue) == len(held)
         assert queue.size_bytes == sum(len(record.payload) for record in held.values())
         assert all(queue.get(one) is record for one, record in held.items())
@@ -215,8 +215,9 @@ def test_a_late_puback_after_a_requeue_still_counts_once() -> None:
 
 
 def test_live_records_that_leave_ram_become_backlog() -> None:
-    live = [_record(n) for n in range(1, 6)]
+    live, later = [_record(n) for n in range(1, 6)], _record(9)
     drain = _drain()
+    assert drain.offer(0, 9, _stored(later), 1 << 20) == [later]  # came to flash before them, after an outage
     _append(drain, *live)
     drain.trim(2, 1 << 20)
     assert drain.offer(0, 9, _stored(*live), 1 << 20) == live[3:]

@@ -6,6 +6,8 @@ import random
 import shutil
 import sqlite3
 import stat
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +25,7 @@ from tbox.spool.ballast import STEP_BYTES, Ballast, size_for
 from tbox.spool.flash import PAGE_BYTES, Flash, Run, leaves, pragmas
 from tbox.spool.lock import SpoolError
 from tbox.spool.meter import WriteMeter
-from tbox.spool.policy import ROUTINE, IdRanges
+from tbox.spool.policy import ROUTINE, IdRanges, Lane
 from tbox.spool.schema import SpoolSchemaError
 from tbox.spool.seal import SpoolKeyError
 from tbox.spool.starts import highest_start_seen
@@ -269,6 +271,26 @@ def test_what_led_to_an_alarm_is_on_flash_as_soon_as_it_is_sealed(tmp_path: Path
     again.close()
 
 
+def test_what_piled_up_in_ram_is_committed_in_portions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tbox.spool.store.COMMIT_BYTES_MAX", 2000)
+    inserted: list[int] = []
+    insert = Flash.insert
+
+    def noted(flash: Flash, lane: Lane, runs: Sequence[Run]) -> None:
+        inserted.append(sum(len(run.sealed or b"") for run in runs))
+        insert(flash, lane, runs)
+
+    monkeypatch.setattr(Flash, "insert", noted)
+    rig = Rig(tmp_path, quota_bytes=1 << 24, live_records_max=1)
+    made = [one for n in range(40) for one in rig.put(1, fill=300, level=(Level.INFO, Level.WARNING)[n % 2])]
+    rig.spool.tick(Now(0))
+    assert len(inserted) > 5 and max(inserted) < 2000 + 1000
+    assert sorted(record.id for record in rig.drain()) == [record.id for record in made]
+    rig.close()
+
+
 @pytest.mark.parametrize(("limit", "value"), [("READ_RUNS_PER_COMMIT", 5), ("READ_BYTES_PER_COMMIT", 1700)])
 def test_a_drain_commits_in_portions_so_that_live_records_wait_for_few_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
@@ -430,7 +452,8 @@ def test_a_file_system_that_cannot_reserve_leaves_no_ballast_and_says_why(tmp_pa
 
 def test_flash_bytes_are_counted_for_the_day_and_for_the_thread_that_writes() -> None:
     account = {"bytes": 1000}
-    meter = WriteMeter(lambda: account["bytes"])
+    this = threading.get_ident()
+    meter = WriteMeter(lambda: account["bytes" if threading.get_ident() == this else "another's"])
     day_ns = 86_400 * NS_PER_S
     account["bytes"] = 7000  # opening
     meter.follow(Now(0, 20 * day_ns))
@@ -439,15 +462,15 @@ def test_flash_bytes_are_counted_for_the_day_and_for_the_thread_that_writes() ->
     assert (meter.total_bytes, meter.today_bytes) == (10_096, 10_096)
     account["bytes"] += 100
     meter.follow(Now(0, 21 * day_ns))
-    account["bytes"] += 8192
+    account |= {"bytes": account["bytes"] + 8192, "another's": 50}
     with ThreadPoolExecutor(1) as another:
         another.submit(meter.count).result()  # its account is another's, and so is left alone
+    assert (meter.total_bytes, meter.today_bytes) == (10_196, 0)
     meter.count()
     assert (meter.total_bytes, meter.today_bytes) == (18_388, 8192)
     with ThreadPoolExecutor(1) as another:
-        account["bytes"] = 50
         another.submit(meter.follow, Now(0, 21 * day_ns)).result()
-        account["bytes"] += 4096
+        account["another's"] += 4096
         another.submit(meter.count).result()
     assert (meter.total_bytes, meter.today_bytes) == (22_484, 12_288)
 
