@@ -138,6 +138,7 @@ class Spool:
             spool._meter.close()
             spool._lock.release()
             raise
+        spool._meter.count()  # before another thread takes over
         return spool
 
     def __init__(
