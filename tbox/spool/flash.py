@@ -9,14 +9,17 @@ COMMIT is used, so that a recording connection can stand in.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sqlite3
+import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tbox.model import COUNTER_BITS
 from tbox.spool import schema
-from tbox.spool.policy import LANES, RUN_RECORDS_MAX, IdRanges, Lane, StoredRun, is_packed, packed, unpacked
+from tbox.spool.policy import LANES, IdRanges, Lane, StoredRun, is_packed, packed, unpacked
+from tbox.spool.ram import RUN_RECORDS_MAX
 from tbox.spool.schema import Connection
 
 # Small pages waste least beside what a commit writes anyway: the first page, an inner page, a half-full leaf.
@@ -27,6 +30,8 @@ WAL_CHECKPOINT_PAGES = 2000
 HARD_CAP_SPARE_BYTES = 4 * 1024 * 1024
 FILE_NAME = "spool.db"
 INSERT_ROWS = 50  # rows a statement; one statement per row costs twice the time
+# More than a row adds to the pages in use beside what is sealed in it: two pages at each of eight levels.
+ROW_GROWTH_BYTES = 16 * PAGE_BYTES
 
 # How SQLite lays a row on a leaf page (its file format, section 1.6): a payload above LOCAL_BYTES_MAX keeps
 # a part of at least LOCAL_BYTES_MIN on the leaf and leaves the rest to overflow pages.
@@ -68,9 +73,10 @@ class Run(NamedTuple):
 def is_sound(run: Run | StoredRun) -> bool:
     """Whether a row's columns can be those of a run: damage may leave any type in any column."""
     level, sealed = (run.level, run.sealed) if isinstance(run, Run) else (0, None)
-    numbers = all(isinstance(one, int) for one in (run.n, run.kind, level))
     return (
-        numbers
+        isinstance(run.n, int)
+        and isinstance(run.kind, int)
+        and isinstance(level, int)
         and 1 <= run.n <= RUN_RECORDS_MAX
         and isinstance(sealed, bytes | None)
         and is_packed(run.gone, run.id)
@@ -160,6 +166,12 @@ _SIZES = "r.id, r.n, r.kind, r.at, length(r.sealed), p.gone"
 TABLES = "{} r LEFT JOIN partly p ON p.id = r.id"
 
 
+@functools.cache
+def _insert_sql(lane: Lane, rows: int) -> str:
+    values = ", ".join(["(?, ?, ?, ?, ?, ?)"] * rows)
+    return f"INSERT OR IGNORE INTO {lane.name} (id, n, kind, level, at, sealed) VALUES {values}"
+
+
 class Flash:
     """An open spool file. One connection, one thread."""
 
@@ -172,6 +184,7 @@ class Flash:
         self._db = connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         self._newest: dict[Lane, int] = dict.fromkeys(LANES, 0)
         self._tombstone: dict[Lane, int | None] = dict.fromkeys(LANES)
+        self._used_bytes_max = sys.maxsize  # no more than this is in use
         try:
             for pragma in pragmas(quota_bytes):
                 self._db.execute(f"PRAGMA {pragma}").fetchall()
@@ -214,6 +227,7 @@ class Flash:
         """Undo an open transaction; the newest ids are read anew, since a COMMIT may have half succeeded."""
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
+        self._used_bytes_max = sys.maxsize
         self._look()
 
     def insert(self, lane: Lane, runs: Sequence[Run]) -> None:
@@ -221,9 +235,8 @@ class Flash:
         newest = max((run.last_id for run in runs), default=0)
         for at in range(0, len(runs), INSERT_ROWS):
             part = runs[at : at + INSERT_ROWS]
-            values = ", ".join(["(?, ?, ?, ?, ?, ?)"] * len(part))
-            sql = f"INSERT OR IGNORE INTO {lane.name} (id, n, kind, level, at, sealed) VALUES {values}"
-            self._db.execute(sql, [value for run in part for value in run[:6]])
+            self._db.execute(_insert_sql(lane, len(part)), [value for run in part for value in run[:6]])
+            self._used_bytes_max += sum(len(run.sealed or b"") + ROW_GROWTH_BYTES for run in part)
         if newest > self._newest[lane]:
             self._newest[lane] = newest
             if self._tombstone[lane] is not None:
@@ -238,7 +251,7 @@ class Flash:
         The newest run of a table stays as an empty row. It is the only trace of how far a start had
         committed, and costs no page that is not written anyway.
         """
-        for lane in LANES:
+        for lane in LANES if ids else ():
             neighbours: list[StoredRun] = []  # whole runs with nothing left between them
             upto = 0
             for run in self._touched(lane, ids):
@@ -281,7 +294,9 @@ class Flash:
 
     def _note_gone(self, run: StoredRun, gone: IdRanges) -> None:
         sql = "INSERT OR REPLACE INTO partly (id, gone) VALUES (?, ?)"
-        self._db.execute(sql, (run.id, packed(gone, run.id)))
+        gone_bytes = packed(gone, run.id)
+        self._db.execute(sql, (run.id, gone_bytes))
+        self._used_bytes_max += len(gone_bytes) + ROW_GROWTH_BYTES
 
     def _bury(self, lane: Lane, one: int) -> None:
         self._db.execute(f"UPDATE {lane.name} SET sealed = NULL, at = NULL WHERE id = ?", (one,))
@@ -384,6 +399,12 @@ class Flash:
         pages = self._pragma("page_count") - self._pragma("freelist_count")
         return pages * PAGE_BYTES
 
+    def fits(self, bytes_max: int) -> bool:
+        """Whether what is in use is within these bytes. Pages are counted only when it is not plain."""
+        if self._used_bytes_max > bytes_max:
+            self._used_bytes_max = self.used_bytes()
+        return self._used_bytes_max <= bytes_max
+
     def file_bytes(self) -> int:
         """Return what the database file takes, free pages included (without the write-ahead log)."""
         return self._pragma("page_count") * PAGE_BYTES
@@ -403,6 +424,7 @@ class Flash:
             "VALUES (?, ?, ?, ?, ?, ?)"
         )
         self._db.execute(sql, row)
+        self._used_bytes_max = sys.maxsize
 
     def forget_starts(self, starts: Sequence[int]) -> None:
         for start in starts:
@@ -419,11 +441,13 @@ class Flash:
     def note_salvaged(self, name: str, after: dict[Lane, int], *, done: bool) -> None:
         sql = "INSERT OR REPLACE INTO salvage (file, alarm_after, routine_after, done) VALUES (?, ?, ?, ?)"
         self._db.execute(sql, (name, *(after[lane] for lane in LANES), int(done)))
+        self._used_bytes_max = sys.maxsize
 
     def note_away(self, ids: IdRanges) -> None:
         """Note ids that left, in case their run is still in a file put aside."""
         for one in ids:
             self._db.execute("INSERT OR REPLACE INTO away (first, last) VALUES (?, ?)", one)
+        self._used_bytes_max = sys.maxsize
 
     def away(self) -> IdRanges:
         ids = IdRanges()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from tbox.model import NS_PER_S, Now
 
@@ -41,32 +40,40 @@ class ThreadAccount:
 
 
 class WriteMeter:
-    """Flash bytes written since the start and today (UTC; by monotonic time while the clock is unset)."""
+    """Flash bytes written since the start and today (UTC; by monotonic time while the clock is unset).
+
+    The kernel keeps an account for each thread: what counts is what the thread that ticks has written since
+    it ticked first, or made this. It is asked when somebody wants to know and at midnight, not at every tick.
+    """
 
     def __init__(self, read: Callable[[], int | None] | None = None) -> None:
         self._account = ThreadAccount()
         self._read = read or self._account
+        self._thread = threading.get_ident()
+        self._seen_bytes = self._read()  # the thread's account when it was last asked for
         self._day: int | None = None
-        self.total_bytes: int | None = 0 if self._read() is not None else None
+        self.total_bytes: int | None = None if self._seen_bytes is None else 0
         self.today_bytes: int | None = self.total_bytes
 
-    @contextmanager
-    def measure(self, now: Now) -> Iterator[None]:
-        """Count what is written within."""
-        before = self._read()
-        try:
-            yield
-        finally:
-            after = self._read()
-            if before is not None and after is not None:
-                self._add(after - before, now)
+    def follow(self, now: Now) -> None:
+        """Tell which thread writes from here on, and on which day."""
+        if self._thread != threading.get_ident():
+            self._thread, self._seen_bytes = threading.get_ident(), self._read()
+        day = (now.wall_ns if now.wall_ns is not None else now.mono_ns) // (S_PER_DAY * NS_PER_S)
+        if day != self._day:
+            if self._day is not None:
+                self.count()
+                self.today_bytes = None if self.total_bytes is None else 0
+            self._day = day
+
+    def count(self) -> None:
+        """Bring the sums up to date; called by another thread than that which ticks, leave them."""
+        if self._thread != threading.get_ident():
+            return
+        before, self._seen_bytes = self._seen_bytes, self._read()
+        if before is not None and self._seen_bytes is not None:
+            self.total_bytes = (self.total_bytes or 0) + self._seen_bytes - before
+            self.today_bytes = (self.today_bytes or 0) + self._seen_bytes - before
 
     def close(self) -> None:
         self._account.close()
-
-    def _add(self, written: int, now: Now) -> None:
-        day = (now.wall_ns if now.wall_ns is not None else now.mono_ns) // (S_PER_DAY * NS_PER_S)
-        if day != self._day:
-            self._day, self.today_bytes = day, 0
-        self.total_bytes = (self.total_bytes or 0) + written
-        self.today_bytes = (self.today_bytes or 0) + written

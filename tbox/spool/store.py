@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -21,6 +21,7 @@ from tbox.durable import OsStorage, Storage
 from tbox.ledger import Ledger
 from tbox.model import COUNTER_BITS, Draft, Level, Now, Record
 from tbox.spool.ballast import Ballast
+from tbox.spool.drain import Drain, TokenBucket
 from tbox.spool.flash import (
     FILE_NAME,
     Connect,
@@ -48,27 +49,26 @@ from tbox.spool.policy import (
     ALARM,
     LANES,
     ROUTINE,
-    Drain,
     Dropped,
     IdRanges,
     Lane,
     SettledClock,
     StoredRun,
-    TokenBucket,
     evict_target_bytes,
     lane_of,
     pick_expired,
     pick_oldest,
     ranges_of,
-    runs_of,
     trusted_wall_s,
     unpacked,
 )
+from tbox.spool.ram import RamQueue, RamRun, runs_of
 from tbox.spool.recover import Found
 from tbox.spool.rescue import Rescue
 from tbox.spool.schema import KIND_CODES, KIND_NAMES
 from tbox.spool.seal import Random, sealed_overhead_bytes
 from tbox.spool.starts import PreviousStart, needed_starts, previous_start
+from tbox.spool.tally import ROWS_AT_OPEN, Tally
 
 log = structlog.get_logger()
 
@@ -76,15 +76,15 @@ T = TypeVar("T")
 
 READ_BYTES_MAX = 64 * 1024  # payload read from flash in one offer: a record that comes meanwhile waits for it
 READ_RECORDS_MAX = 256
-# What is read is soon acknowledged and deleted; SQLite visits every page of it, and live records wait.
+# What is read is soon acknowledged and deleted. SQLite visits every page of it, and live records wait: nearly
+# twice as long where it has left SQLite's page cache of 2,000 KiB meanwhile.
 READ_RUNS_PER_COMMIT = 128
+READ_BYTES_PER_COMMIT = 1536 * 1024
 EVICT_ROWS_READ = 256
 # Pages the drop record and the tables' inner nodes may still need after an eviction.
 EVICTION_HEADROOM_BYTES = 8 * 1024
 SWEEP_ROWS_PER_TICK = 256  # rows looked at for their age
 COMMIT_BYTES_MAX = 1024 * 1024  # one transaction; less than what the hard cap leaves above the quota
-COUNT_ROWS_AT_OPEN = 8192  # backlog of earlier starts counted before the first tick
-COUNT_ROWS_PER_TICK = 2048
 CAUSES = ("damage", "age", "quota")
 
 
@@ -138,6 +138,7 @@ class Spool:
             spool._meter.close()
             spool._lock.release()
             raise
+        spool._meter.count()  # before another thread takes over
         return spool
 
     def __init__(
@@ -163,6 +164,7 @@ class Spool:
         self._random = random
         self._migrate = migrate
         self._account = ledger.stage("spool", "records")
+        self._tally = Tally(self._account, start)
         self._drain = Drain(
             TokenBucket(settings.backlog_records_s, max(1, settings.backlog_records_s // 5)),
             TokenBucket(settings.backlog_bytes_s, max(64 * 1024, settings.backlog_bytes_s // 5)),
@@ -172,17 +174,14 @@ class Spool:
         self._keys: Keyring | None = None
         self._own: StartRow | None = None
         self._start_rows: list[StartRow] = []  # what this start writes about starts, should it be in doubt
-        self._open: dict[int, Record] = {}  # appended and not known to be committed
-        self._open_bytes = 0
+        self._open = RamQueue()  # appended and not known to be committed
         self._urgent_waits = False
-        # lane -> id up to which the backlog of earlier starts is counted; a lane leaves when it is done
-        self._uncounted_after: dict[Lane, int] = dict.fromkeys(LANES, 0)
         self._dropped = {cause: Dropped(cause) for cause in CAUSES}  # and not told yet
         # What the last commit tried to write: should that fail, it is tried again run by run as it was, for
         # it may be on flash all the same.
         self._tried: list[tuple[Lane, Run]] = []
         self._unsealed: tuple[int, list[Record]] = (0, [])  # the run read last: id, what is held of it
-        self._runs_read = 0  # since the last commit
+        self._runs_read = self._bytes_read = 0  # since the last commit
         self._settled_clock = SettledClock()
         self._meter = WriteMeter()
         self._ballast: Ballast | None = None
@@ -199,16 +198,13 @@ class Spool:
 
     def append(self, records: Sequence[Record]) -> None:
         """Take records into the open tick. They are safe when a `tick` has committed them."""
-        if not records:
-            return
-        by_id = {record.id: record for record in records}
-        self._open |= by_id
-        self._open_bytes += sum(len(record.payload) for record in records)
-        self._urgent_waits |= self._drain.append(records)
-        self._highest_id = max(self._highest_id, *by_id)
+        for run in runs_of(records):
+            self._open.append(run)
+            self._urgent_waits |= self._drain.append(run)
+            self._highest_id = max(self._highest_id, run.last)
         self._account.into += len(records)
         self._account.held += len(records)
-        if self._open_bytes > self._settings.ram_bytes_max:
+        if self._open.size_bytes > self._settings.ram_bytes_max:
             self._shrink_ram()
 
     @property
@@ -216,9 +212,10 @@ class Spool:
         """Whether `tick` should be called at once: what is urgent waits, or much to write or delete."""
         if self._outage.reason:
             return False  # the flash is tried again at its own pace
-        if self._drain.gone and self._runs_read >= READ_RUNS_PER_COMMIT:
+        much_read = self._runs_read >= READ_RUNS_PER_COMMIT or self._bytes_read >= READ_BYTES_PER_COMMIT
+        if self._drain.gone and much_read:
             return True
-        return self._urgent_waits or self._open_bytes >= self._settings.commit_bytes
+        return self._urgent_waits or self._open.size_bytes >= self._settings.commit_bytes
 
     # --- what goes out --------------------------------------------------------------------------------
 
@@ -237,16 +234,16 @@ class Spool:
             self._account.out += len(ones)
             for first, last in ranges_of(ones):
                 self._leave(lane, first, last)
-            for first, last in ranges_of([one for one in ones if not self._forget_open(one)]):
-                self._drain.gone.add(first, last)
+                self._forget(first, last)
 
-    def _forget_open(self, one: int) -> bool:
-        """Take a record out of the open tick; return whether that was all there is of it."""
-        record = self._open.pop(one, None)
-        if record is None:
-            return False
-        self._open_bytes -= len(record.payload)
-        return not self._tried
+    def _forget(self, first: int, last: int) -> None:
+        """Take these out of the open tick; what may be on flash all the same leaves with the next commit."""
+        never_stored = IdRanges()
+        for run in self._open.remove(first, last):
+            if not self._tried:
+                never_stored.add(run.first, run.last)
+        for begin, end in never_stored.without(first, last):
+            self._drain.gone.add(begin, end)
 
     def requeue(self) -> None:
         """The link died: everything in flight will be offered again under its old id."""
@@ -266,6 +263,7 @@ class Spool:
             records: list[Record] = []
             for run in runs:
                 self._runs_read += 1
+                self._bytes_read += len(run.sealed or b"")
                 held = self._records_of(run)
                 if held is None:
                     self._suspects[run.id] = lane
@@ -321,6 +319,7 @@ class Spool:
         stay in RAM, an alarm says so, and later ticks try again.
         """
         self._now = now
+        self._meter.follow(now)
         if self._outage.waits(now):
             self._report_ram(now)
             return
@@ -333,9 +332,9 @@ class Spool:
             if self._outage.reason:
                 self._report_ram(now, force=True)
             self._fetch_salvaged()
-            with self._meter.measure(now):
-                self._commit_all(now)
-            self._count(COUNT_ROWS_PER_TICK)
+            self._commit_all(now)
+            if self._flash is not None:
+                self._tally.go_on(now, self._flash, self._drain.gone)
         except (sqlite3.Error, OSError) as error:
             self._flash_failed(error)
             return
@@ -346,7 +345,7 @@ class Spool:
     def _commit_all(self, now: Now) -> None:
         """Commit in portions: one portion but after an outage, when the RAM ring comes back to flash."""
         if self._ballast is not None and self._flash is not None:
-            growth = self._open_bytes + self._rescue.returned_bytes
+            growth = self._open.size_bytes + self._rescue.returned_bytes
             self._ballast.fit(self._flash.file_bytes() + growth, grow=False)
         while self._has_work():
             try:
@@ -357,6 +356,7 @@ class Spool:
                     raise
                 self._flash.rollback()
         self._urgent_waits = False  # nothing is open any more: committed, or acknowledged before it was
+        self._drain.trim(self._settings.live_records_max, self._settings.live_bytes_max)
 
     def _has_work(self) -> bool:
         return bool(self._open or self._tried or self._drain.gone or self._rescue.is_due or self._told_of())
@@ -374,48 +374,49 @@ class Spool:
             flash.note_away(self._drain.gone)
         flash.delete(self._drain.gone, self._spoiled)
         self._make_room(flash)
-        told = [self._mint_drop(one, now) for one in self._told_of()]
-        self._dropped = {cause: Dropped(cause) for cause in CAUSES}
-        sealed = self._sealed(told, now)
-        self._tried += sealed
-        self._insert(flash, sealed)
+        self._tell(flash, now)
         flash.commit()
         self._settle()
 
     def _settle(self) -> None:
         """The transaction is on flash."""
         for _, run in self._tried:
-            settled = map(self._open.pop, range(run.id, run.last_id + 1), itertools.repeat(None))
-            self._open_bytes -= sum(len(record.payload) for record in settled if record)
+            self._open.remove(run.id, run.last_id)
         self._tried = []
         self._unsealed = 0, []
         self._drain.committed()
         self._spoiled.clear()
-        self._runs_read = 0
+        self._runs_read = self._bytes_read = 0
         for lane, run in self._rescue.returned:
             self._drain.rewind(lane, run.id)
         self._rescue.settle()
-        self._drain.trim(self._settings.live_records_max, self._settings.live_bytes_max, self._open)
 
     def _told_of(self) -> list[Dropped]:
         return [one for one in self._dropped.values() if one.told]
 
-    def _portion(self) -> list[Record]:
-        """Return the oldest open records, as many as one transaction may add beyond the cap."""
-        if self._open_bytes <= COMMIT_BYTES_MAX:
-            return list(self._open.values())
-        portion: list[Record] = []
+    def _tell(self, flash: Flash, now: Now) -> None:
+        """Put what this transaction loses into it as drop records."""
+        lost = self._told_of()
+        if not lost:
+            return
+        told = [self._mint_drop(one, now) for one in lost]
+        self._dropped = {cause: Dropped(cause) for cause in CAUSES}
+        sealed = self._sealed(runs_of(told), now)
+        self._tried += sealed
+        self._insert(flash, sealed)
+
+    def _portion(self) -> Iterator[RamRun]:
+        """Yield the oldest open runs, as many as one transaction may add beyond the cap."""
         left_bytes = COMMIT_BYTES_MAX
-        for record in self._open.values():
+        for run in self._open:
             if left_bytes <= 0:
                 break
-            portion.append(record)
-            left_bytes -= len(record.payload)
-        return portion
+            yield run
+            left_bytes -= run.size_bytes
 
-    def _sealed(self, records: Sequence[Record], now: Now) -> list[tuple[Lane, Run]]:
+    def _sealed(self, runs: Iterable[RamRun], now: Now) -> list[tuple[Lane, Run]]:
         at_s = trusted_wall_s(now)
-        return [(lane_of(run[0]), self._sealed_run(run, at_s)) for run in runs_of(records)]
+        return [(lane_of(run.records[0]), self._sealed_run(run.records, at_s)) for run in runs]
 
     def _sealed_run(self, records: Sequence[Record], at_s: int | None) -> Run:
         assert self._keys is not None
@@ -423,12 +424,15 @@ class Spool:
         sealer = self._keys.sealer(first.start)
         assert sealer is not None, first.start
         sealed = sealer.seal(first.id, first.kind, first.level, [record.payload for record in records])
-        return Run(first.id, len(records), KIND_CODES[first.kind], first.level, at_s, sealed)
+        # A plain int: sqlite3 looks long for a way to store an enum.
+        return Run(first.id, len(records), KIND_CODES[first.kind], int(first.level), at_s, sealed)
 
     @staticmethod
     def _insert(flash: Flash, runs: Sequence[tuple[Lane, Run]]) -> None:
         for lane in LANES:
-            flash.insert(lane, [run for its, run in runs if its is lane])
+            its_runs = [run for its, run in runs if its is lane]
+            if its_runs:
+                flash.insert(lane, its_runs)
 
     def _mint_drop(self, dropped: Dropped, now: Now) -> Record:
         """Make the record that tells a loss. It has alarm priority, so that it outlives what it tells of."""
@@ -441,9 +445,10 @@ class Spool:
 
     def _make_room(self, flash: Flash) -> None:
         """Evict inside the open transaction until the pages in use fit the cap again."""
-        if flash.used_bytes() <= self._settings.quota_bytes - EVICTION_HEADROOM_BYTES:
+        quota_bytes = self._settings.quota_bytes - EVICTION_HEADROOM_BYTES
+        if flash.fits(quota_bytes):
             return
-        target = evict_target_bytes(self._settings.quota_bytes - EVICTION_HEADROOM_BYTES)
+        target = evict_target_bytes(quota_bytes)
         for lane, events_too in ((ROUTINE, False), (ROUTINE, True), (ALARM, False)):
             self._evict_lane(flash, lane, events_too, target)
 
@@ -509,7 +514,7 @@ class Spool:
 
     def _fetch_salvaged(self) -> None:
         """Read a portion of a file put aside; the next commit brings it home."""
-        if not self._rescue.files or self._uncounted_after or self._flash is None:
+        if not self._rescue.files or not self._tally.is_done or self._flash is None:
             return
         for found in self._rescue.fetch(self._flash, self._is_whole, COMMIT_BYTES_MAX):
             self._take_found(self._flash, found)
@@ -557,37 +562,11 @@ class Spool:
             self._account.held -= lost
             self._account.drop("damage", lost)
 
-    # --- the account ----------------------------------------------------------------------------------
-
     def _leave(self, lane: Lane, first: int, last: int) -> None:
-        """Records are no longer held; those that were not counted yet are taken in first."""
-        uncounted = self._uncounted_after.get(lane)
-        early = 0
-        if uncounted is not None:
-            early = max(0, min(last, first_id(self._start) - 1) - max(first, uncounted + 1) + 1)
-        self._account.into += early
-        self._account.held -= last - first + 1 - early
+        """Records are no longer held."""
+        self._tally.leave(lane, first, last)
         if self._rescue.files:
-            self._rescue.leave(first, last, sum(one not in self._open for one in range(first, last + 1)))
-
-    def _count(self, rows_max: int) -> None:
-        """Count a part of what earlier starts left, so that opening never waits for a full scan."""
-        for lane, after in list(self._uncounted_after.items()):
-            if self._flash is None or rows_max <= 0:
-                return
-            runs = self._flash.sizes(lane, after, rows_max)
-            found = [run for run in runs if run.id < first_id(self._start)]
-            for run in found:
-                gone = unpacked(run.gone, run.id)
-                parts = gone.without(run.id, run.last_id)
-                acked = sum(b - a + 1 for part in parts for a, b in self._drain.gone.within(*part))
-                self._account.into += run.n - len(gone) - acked
-                self._account.held += run.n - len(gone) - acked
-            if len(found) < rows_max:
-                del self._uncounted_after[lane]
-            else:
-                self._uncounted_after[lane] = found[-1].last_id
-            rows_max -= len(found)
+            self._rescue.leave(first, last, last - first + 1 - self._open.count(first, last))
 
     # --- opening --------------------------------------------------------------------------------------
 
@@ -621,19 +600,11 @@ class Spool:
             self._keys.learn(copied_keys(self._storage, self._directory))
             self._note_start(flash, self._keys, known, copied)
             self._rescue.recall(flash.away())
-            self._count_from(flash)
+            self._tally.count(flash, self._drain.gone, ROWS_AT_OPEN)
         except BaseException:
             flash.close()
             raise
         self._flash = flash
-
-    def _count_from(self, flash: Flash) -> None:
-        self._flash = flash
-        try:
-            self._count(COUNT_ROWS_AT_OPEN)
-        except BaseException:
-            self._flash = None
-            raise
 
     def _put_aside(self, error: sqlite3.Error) -> None:
         """The file is damaged: keep it under another name and go on with a new one."""
@@ -642,7 +613,7 @@ class Spool:
         log.error("spool_damaged", reason=str(error), put_aside=name)
         self._unsealed = 0, []
         self._suspects.clear()
-        self._uncounted_after = {}
+        self._tally.end()
 
     def _open_file(self) -> Flash:
         path = f"{self._directory}/{FILE_NAME}"
@@ -730,13 +701,13 @@ class Spool:
     def _shrink_ram(self) -> None:
         """The RAM ring is full: the oldest routine records go first, alarms last, and all are counted."""
         for alarms in (False, True):
-            for record in list(self._open.values()):
-                if self._open_bytes <= self._settings.ram_bytes_max:
+            runs = (run for run in self._open if run.records[0].is_alarm == alarms)
+            for record in itertools.chain.from_iterable(run.records for run in runs):
+                if self._open.size_bytes <= self._settings.ram_bytes_max:
                     return
-                if record.is_alarm != alarms or record.id in self._drain.in_flight:
+                if record.id in self._drain.in_flight:
                     continue
-                del self._open[record.id]
-                self._open_bytes -= len(record.payload)
+                self._open.remove(record.id, record.id)
                 self._drain.drop(record.id, record.id)
                 if self._tried:
                     self._drain.gone.add(record.id)
@@ -765,15 +736,16 @@ class Spool:
     def stat(self) -> dict[str, Any]:
         """Return plain values for `tbox status` and health records."""
         flash = self._flash
+        self._meter.count()
         return {
             "state": "ram" if self._outage.reason else "flash",
             "reason": self._outage.reason,
             "start": self._start,
             "records": self._account.held,
-            "counted": not self._uncounted_after,
+            "counted": self._tally.is_done,
             "in_flight": len(self._drain.in_flight),
             "open_records": len(self._open),
-            "open_bytes": self._open_bytes,
+            "open_bytes": self._open.size_bytes,
             "newest_id": flash.newest_id if flash else None,
             "used_bytes": flash.used_bytes() if flash else None,
             "quota_bytes": self._settings.quota_bytes,

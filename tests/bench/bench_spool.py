@@ -21,7 +21,7 @@ import persistqueue
 from tbox.ledger import Ledger
 from tbox.model import NS_PER_S, Draft, Level, Now, Record, record_id
 from tbox.spool.flash import pragmas
-from tbox.spool.policy import runs_of
+from tbox.spool.ram import runs_of
 from tbox.spool.seal import KEY_BYTES, Sealer
 from tbox.spool.store import Spool, SpoolSettings
 from tests.bench.harness import Result, interleaved
@@ -139,9 +139,13 @@ def _put_peer() -> float:
 def _sealed_bodies() -> list[bytes]:
     """Return what the spool stores in LOG_ROUNDS_COMMITS commits, sealed beforehand."""
     sealer = Sealer(bytes(KEY_BYTES))
-    commits = portions(LOG_ROUNDS_COMMITS, PER_COMMIT, RECORD_BYTES)
-    runs = (run for records in commits for run in runs_of(records))
-    return [sealer.seal(run[0].id, run[0].kind, run[0].level, [r.payload for r in run]) for run in runs]
+    bodies = []
+    for records in portions(LOG_ROUNDS_COMMITS, PER_COMMIT, RECORD_BYTES):
+        for run in runs_of(records):
+            first = run.records[0]
+            payloads = [record.payload for record in run.records]
+            bodies.append(sealer.seal(first.id, first.kind, first.level, payloads))
+    return bodies
 
 
 def _raw_append() -> float:

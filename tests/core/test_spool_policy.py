@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tbox.model import NS_PER_MS, NS_PER_S, Level, Now, Record, TimeQuality, record_id
 from tbox.spool.ballast import STEP_BYTES, size_for
+from tbox.spool.drain import Drain, TokenBucket
 from tbox.spool.flash import StartRow
 from tbox.spool.policy import (
     CLOCK_SETTLE_S,
     ROUTINE,
-    RUN_BYTES_MAX,
-    Drain,
     Dropped,
     IdRanges,
     Lane,
     SettledClock,
     StoredRun,
-    TokenBucket,
     packed,
     pick_expired,
     pick_oldest,
     ranges_of,
-    runs_of,
     unpacked,
 )
+from tbox.spool.ram import RUN_BYTES_MAX, RamQueue, runs_of
 from tbox.spool.starts import previous_start
 
 WALL_NS = 1_800_000_000 * NS_PER_S
@@ -61,11 +60,63 @@ def test_what_is_within_a_range_and_what_is_not_add_up_to_it(ids: set[int], firs
 def test_a_run_is_records_that_follow_one_another_up_to_its_limit(ids: set[int], size: int) -> None:
     records = [Record(one, "telemetry", 1 + (one > 200), bytes(size)) for one in sorted(ids)]
     runs = list(runs_of(records))
-    assert [record for run in runs for record in run] == records
+    assert [record for run in runs for record in run.records] == records
     for run in runs:
-        assert [record.id for record in run] == list(range(run[0].id, run[0].id + len(run)))
-        assert len({record.level for record in run}) == 1
-        assert len(run) == 1 or sum(len(record.payload) for record in run) <= RUN_BYTES_MAX
+        assert [record.id for record in run.records] == list(range(run.first, run.last + 1))
+        assert len({record.level for record in run.records}) == 1
+        assert run.size_bytes == sum(len(record.payload) for record in run.records)
+        assert len(run.records) == 1 or run.size_bytes <= RUN_BYTES_MAX
+
+
+_does = st.one_of(
+    st.tuples(st.just("append"), st.integers(1, 7), st.sampled_from([0, 5, 9000]), st.integers(0, 1)),
+    st.tuples(st.just("remove"), st.integers(1, 80), st.integers(0, 9)),
+    st.tuples(st.just("take"), st.integers(-1, 9), st.sampled_from([-1, 1, 11, 20_000, 1 << 20])),
+    st.tuples(st.just("put back"), st.integers(1, 80)),
+    st.tuples(st.just("append late"), st.integers(1, 80)),
+)
+
+
+@given(st.lists(_does, max_size=40))
+def test_a_queue_in_ram_is_a_sorted_list_of_records(does: list[tuple[Any, ...]]) -> None:
+    queue, held, out, newest = RamQueue(), dict[int, Record](), dict[int, Record](), 0
+    for what, *numbers in does:
+        if what == "append":
+            n, size, gap = numbers
+            level = Level.WARNING if size else Level.INFO
+            more = [Record(newest + gap + one, "telemetry", level, bytes(size)) for one in range(1, n + 1)]
+            newest = more[-1].id
+            held |= {record.id: record for record in more}
+            for run in runs_of(more):
+                queue.append(run)
+        elif what == "remove":
+            first, last = numbers[0], sum(numbers)
+            removed = [record for run in queue.remove(first, last) for record in run.records]
+            assert removed == [record for one, record in held.items() if first <= one <= last]
+            assert queue.count(first, last) == 0 and queue.get(first) is None
+            out |= {record.id: held.pop(record.id) for record in removed}
+        elif what == "take":
+            records_max, bytes_max = numbers
+            taken = queue.take(records_max, bytes_max)
+            assert taken == list(held.values())[: len(taken)] and len(taken) <= max(0, records_max)
+            assert sum(len(record.payload) for record in taken[:-1]) < max(1, bytes_max)
+            enough = len(taken) >= records_max or sum(len(one.payload) for one in taken) >= bytes_max
+            assert enough or len(taken) == len(held)
+            out |= {record.id: held.pop(record.id) for record in taken}
+        else:
+            back = [out.pop(one) for one in list(out) if one <= numbers[0]]
+            if what == "put back":
+                queue.put_back(back)
+            else:
+                for run in runs_of(back):
+                    queue.append(run)
+            held = dict(sorted([*held.items(), *((record.id, record) for record in back)]))
+        assert [record for run in queue for record in run.records] == list(held.values())
+        assert all(list(runs_of(run.records)) == [run] for run in queue)
+        assert len(queue) == len(held)
+        assert queue.size_bytes == sum(len(record.payload) for record in held.values())
+        assert all(queue.get(one) is record for one, record in held.items())
+        assert queue.count(20, 40) == sum(20 <= one <= 40 for one in held)
 
 
 @given(st.lists(st.tuples(st.integers(-100, 2000), st.integers(0, 50)), max_size=60))
@@ -93,6 +144,11 @@ def _drain(rate: int = 1000) -> Drain:
     return Drain(TokenBucket(rate, rate), TokenBucket(1 << 20, 1 << 20))
 
 
+def _append(drain: Drain, *records: Record) -> None:
+    for run in runs_of(records):
+        drain.append(run)
+
+
 def _stored(*records: Record):  # type: ignore[no-untyped-def]
     def read(lane: Lane, after: int, rows: int, _bytes: int) -> tuple[list[Record], int | None]:
         found = [r for r in sorted(records, key=lambda r: r.id) if r.is_alarm == lane.alarm and r.id > after]
@@ -105,8 +161,8 @@ def test_alarms_go_before_live_and_live_before_backlog() -> None:
     old, old_alarm = _record(1, start=1), _record(2, start=1, alarm=True)
     live, alarm = _record(1), _record(2, alarm=True)
     drain = _drain()
-    drain.append([live])
-    drain.append([alarm])
+    _append(drain, live)
+    _append(drain, alarm)
     assert drain.offer(0, 10, _stored(old, old_alarm), 1 << 20) == [alarm, old_alarm, live]
     assert drain.offer(0, 10, _stored(old, old_alarm), 1 << 20) == [old]  # live never waits for its read
 
@@ -116,7 +172,7 @@ def test_backlog_waits_for_the_token_bucket_and_live_never_does() -> None:
     drain = _drain(rate=2)
     assert drain.offer(0, 50, _stored(*backlog), 1 << 20) == backlog[:2]
     live = _record(1)
-    drain.append([live])
+    _append(drain, live)
     assert drain.offer(0, 50, _stored(*backlog), 1 << 20) == [live]
     assert drain.offer(NS_PER_S, 50, _stored(*backlog), 1 << 20) == backlog[2:4]
 
@@ -126,10 +182,10 @@ def test_a_capture_waits_with_the_backlog_while_live_records_go_past_it() -> Non
     drain = Drain(TokenBucket(1000, 1000), TokenBucket(3, 3))  # three bytes, a second each
     parts = [Record(record_id(2, n), "capture", Level.INFO, b"x") for n in range(1, 6)]
     for record in [*parts, live := _record(6)]:
-        drain.append([record])
+        _append(drain, record)
     assert drain.offer(0, 10, _stored(), 1 << 20) == [live]
     assert drain.offer(0, 10, _stored(), 1 << 20) == parts[:3]
-    drain.append([later := _record(7)])
+    _append(drain, later := _record(7))
     assert drain.offer(0, 10, _stored(), 1 << 20) == [later]
     assert drain.offer(0, 10, _stored(), 1 << 20) == [], "the bucket is empty"
     drain.requeue({part.id: part for part in parts}.get)
@@ -148,7 +204,7 @@ def test_the_drain_knows_whether_anything_may_be_left() -> None:
     assert offer(0, *backlog) == ([], True), "the bucket is empty, and who knows"
     assert offer(1, *backlog) == (backlog[2:], True)
     assert offer(2, *backlog) == ([], False)
-    drain.append([live := _record(1)])
+    _append(drain, live := _record(1))
     assert (drain.more, offer(2), offer(2)) == (True, ([live], True), ([], False))
     drain.ack(record.id for record in backlog)
     drain.requeue({live.id: live}.get)
@@ -158,9 +214,9 @@ def test_the_drain_knows_whether_anything_may_be_left() -> None:
 def test_what_has_to_leave_ram_or_comes_back_behind_the_cursor_may_be_given_again() -> None:
     live = [_record(n) for n in range(1, 4)]
     drain = _drain()
-    drain.append(live)
+    _append(drain, *live)
     drain.offer(0, 1, _stored(), 1 << 20)
-    for change in (partial(drain.trim, 1, 1 << 20, ()), partial(drain.rewind, ROUTINE, live[0].id)):
+    for change in (partial(drain.trim, 1, 1 << 20), partial(drain.rewind, ROUTINE, live[0].id)):
         drain.more = False
         change()
         assert drain.more
@@ -180,7 +236,7 @@ def test_after_the_link_died_everything_in_flight_comes_again_in_order_of_id() -
 def test_a_late_puback_after_a_requeue_still_counts_once() -> None:
     record = _record(1)
     drain = _drain()
-    drain.append([record])
+    _append(drain, record)
     drain.offer(0, 1, _stored(), 1 << 20)
     drain.requeue({record.id: record}.get)
     assert drain.ack([record.id])[ROUTINE] == [record.id]
@@ -189,11 +245,11 @@ def test_a_late_puback_after_a_requeue_still_counts_once() -> None:
 
 
 def test_live_records_that_leave_ram_become_backlog() -> None:
-    live = [_record(n) for n in range(1, 6)]
+    live, later = [_record(n) for n in range(1, 6)], _record(9)
     drain = _drain()
-    drain.append(live)
-    drain.trim(2, 1 << 20, ())
-    assert drain.fresh_count() == 2
+    assert drain.offer(0, 9, _stored(later), 1 << 20) == [later]  # came to flash before them, after an outage
+    _append(drain, *live)
+    drain.trim(2, 1 << 20)
     assert drain.offer(0, 9, _stored(*live), 1 << 20) == live[3:]
     assert drain.offer(0, 9, _stored(*live), 1 << 20) == live[:3]
 
