@@ -25,6 +25,7 @@ import msgspec
 import structlog
 
 import tbox
+from tbox import kernel
 from tbox.bus.reader import open_reader
 from tbox.bus.spec import BusCounters
 from tbox.bus.writer import BusWriter
@@ -248,6 +249,7 @@ class Agent:
             start=self.start_number,
             vehicle=self.vehicle,
             buses=[b.reader.name for b in self.buses],
+            compiled=kernel.compiled is not None,
         )
 
     def supervise(self) -> bool:

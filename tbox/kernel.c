@@ -14,9 +14,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "written for little-endian processors; elsewhere numpy does it"
+#endif
+
 enum { FRAME_BYTES = 72, LENGTH_AT = 4, DATA_AT = 8, DATA_BYTES = 64, LAST_WORD_AT = 64, VIEWS_MAX = 24 };
 enum { VALID = 0, CRC = 4, COUNTER = 5, DUPLICATE = 6 }; /* model.Validity */
-enum { UNKNOWN_PLAN = 0, MALFORMED_PLAN = 1 };                 /* decode/table.py */
+enum { UNKNOWN_PLAN = 0, MALFORMED_PLAN = 1 };           /* decode/table.py */
 static const int64_t NEVER_NS = -(INT64_C(1) << 62);
 
 /* --- arguments --------------------------------------------------------------------------------------- */
@@ -72,7 +76,7 @@ static bool holds(const Arguments *a, int i, int64_t items, size_t size)
     return false;
 }
 
-static inline bool in(int64_t index, int64_t size) { return (uint64_t)index < (uint64_t)size; }
+static inline bool in(int64_t index, int64_t size) { return index >= 0 && index < size; }
 
 static bool inside_of(const char *what, bool is)
 {
@@ -89,9 +93,6 @@ static inline uint64_t word_at(const uint8_t *place, bool big)
 {
     uint64_t word;
     memcpy(&word, place, sizeof word);
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    word = __builtin_bswap64(word);
-#endif
     return big ? __builtin_bswap64(word) : word;
 }
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,15 @@ def tbox(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str
 
 
 class Daemon:
-    """`tbox run` in a directory of its own, on the bus `tbox:<directory>/bus`."""
+    """`tbox run` in a directory of its own, on the bus `tbox:<directory>/bus` unless another is named."""
 
     def __init__(
-        self, directory: Path, port: int, *, bus: str = "", more: str = "", mqtt: Mqtt = "5"
-    ) -> None:
-        self.directory, self.port, self.mqtt = directory, port, mqtt
-        self.bus_url = f"tbox:{directory / 'bus'}"
+        self, directory: Path, port: int, *, bus: str = "", more: str = "", mqtt: Mqtt = "5",
+        bus_url: str = "", command: Sequence[str] = TBOX,
+    ) -> None:  # fmt: skip
+        self.directory, self.port, self.mqtt, self._command = directory, port, mqtt, command
+        self.bus_url = bus_url or f"tbox:{directory / 'bus'}"
+        interface, _, channel = self.bus_url.partition(":")
         self.config = directory / "tbox.toml"
         self.socket = str(directory / "state" / "control.sock")
         bus = bus or f'dbc = ["{DBC}/tbox_bms.dbc", "{DBC}/tbox_vehicle.dbc"]\nsend = [0x6F0]'
@@ -70,8 +72,8 @@ state_directory = "state"
 [rules]
 files = ["rules.toml"]
 [[bus]]
-interface = "tbox"
-channel = "{directory / "bus"}"
+interface = "{interface}"
+channel = "{channel}"
 {bus}
 [uplink]
 host = "127.0.0.1"
@@ -85,7 +87,10 @@ mqtt = "{mqtt}"
     def start(self) -> Daemon:
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [*TBOX, "run", "--config", str(self.config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self._command, "run", "--config", str(self.config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         wait_for("the daemon answers", lambda: self._alive() and self.status())
         return self
@@ -132,9 +137,9 @@ mqtt = "{mqtt}"
 class Vehicle:
     """`tbox sim` on a bus."""
 
-    def __init__(self, bus_url: str, *arguments: str) -> None:
+    def __init__(self, bus_url: str, *arguments: str, command: Sequence[str] = TBOX) -> None:
         self._process = subprocess.Popen(
-            [*TBOX, "sim", "--bus", bus_url, *arguments],
+            [*command, "sim", "--bus", bus_url, *arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
 

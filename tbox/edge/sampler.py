@@ -369,22 +369,22 @@ class Sampler:
         joined = (family[1:] >= 0) & (family[1:] == family[:-1]) & (number[1:] == number[:-1] + 1)
         joined &= whole[1:] & whole[:-1] & (scale[1:] == scale[:-1]) & (offset[1:] == offset[:-1])
         cuts = [0, *(np.flatnonzero(~joined) + 1).tolist(), len(signal)]
+        scales, offsets, costs = scale.tolist(), offset.tolist(), cost.tolist()
+        names = [self._names[s] + suffix for s in signal.tolist()]
+        there = [None if all_ else present[:, at].copy() for at, all_ in enumerate(whole.tolist())]
         for begin, end in pairwise(cuts):
-            s = int(signal[begin])
             if end - begin == 1:
-                there = None if whole[begin] else present[:, begin].copy()
-                name = self._names[s] + suffix
-                table.items.append(Column(name, float(scale[begin]), float(offset[begin]), raw[begin], there))
-                table.cost_bytes.append(float(cost[begin]) + len(name) * NAME_SHARE + COLUMN_OVERHEAD_BYTES)
+                name = names[begin]
+                table.items.append(Column(name, scales[begin], offsets[begin], raw[begin], there[begin]))
+                table.cost_bytes.append(costs[begin] + len(name) * NAME_SHARE + COLUMN_OVERHEAD_BYTES)
                 continue
             prefix, tail = self._families.texts[int(family[begin])]
             step = max(1, int(BLOCK_BYTES_TARGET // cost[begin:end].max()))
             for i in range(begin, end, step):
                 part = slice(i, min(i + step, end))
-                table.items.append(Block(
-                    prefix, int(number[i]), tail + suffix, float(scale[i]), float(offset[i]), raw[part]
-                ))  # fmt: skip
-                table.cost_bytes.append(float(cost[part].sum()) + len(prefix + tail) + COLUMN_OVERHEAD_BYTES)
+                block = Block(prefix, int(number[i]), tail + suffix, scales[i], offsets[i], raw[part])
+                table.items.append(block)
+                table.cost_bytes.append(sum(costs[part]) + len(prefix + tail) + COLUMN_OVERHEAD_BYTES)
 
     def _drain_states(self) -> list[_Table]:
         t_ns, column, value = self._states.take()
@@ -540,7 +540,7 @@ class _States:
     def __init__(self, signals: I64, catalog_size: int) -> None:
         self._dense = np.zeros(catalog_size, dtype=np.int64)
         self._dense[signals] = np.arange(len(signals))
-        self._last = np.full(len(signals), np.nan)
+        self._last = [math.nan] * len(signals)
         self._t_ns = np.zeros(STATE_ROWS_MAX, dtype=np.int64)
         self._column = np.zeros(STATE_ROWS_MAX, dtype=np.int64)
         self._value = np.zeros(STATE_ROWS_MAX)
@@ -552,16 +552,13 @@ class _States:
 
     def changed(self, column: npt.NDArray[np.int64], value: F64) -> I64:
         """Return the positions whose value differs from the same state's sample before."""
-        dense = self._dense[column]
-        order = np.argsort(dense, kind="stable")
-        state, ordered = dense[order], value[order]
-        before = np.empty_like(ordered)
-        before[1:] = ordered[:-1]
-        first = np.ones(len(state), dtype=np.bool_)
-        first[1:] = state[1:] != state[:-1]
-        before[first] = self._last[state[first]]
-        self._last[state] = ordered
-        return np.sort(order[ordered != before])
+        last, rows = self._last, []
+        states = self._dense[column].tolist()
+        for row, (state, one) in enumerate(zip(states, value.tolist(), strict=True)):
+            if one != last[state]:
+                last[state] = one
+                rows.append(row)
+        return np.array(rows, dtype=np.int64)
 
     def keep(self, t_ns: I64, column: npt.NDArray[np.int64], value: F64) -> int:
         """Take as many rows as there is room for; return how many."""
@@ -577,7 +574,7 @@ class _States:
 
     def forget(self) -> None:
         """Let the next sample of each state count as a change: a keyframe."""
-        self._last[:] = np.nan
+        self._last = [math.nan] * len(self._last)
 
 
 class _Scales:

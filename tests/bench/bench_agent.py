@@ -2,18 +2,22 @@
 and how old a live record is at the broker, while a backlog drains beside it.
 
 Both read the bus between processes (interface "tbox"), where `tbox sim` writes; CPU is what the kernel booked
-for the whole process, user and system, over the same seconds. The peer is tests/bench/peer_pipeline.py.
+for the whole process, user and system, over the same seconds. Once more they read SocketCAN, on a kernel
+without CAN by way of stand_in.py, and user-mode time is told from the kernel's, as bench_ingest does.
+The peer is tests/bench/peer_pipeline.py.
 """
 
 from __future__ import annotations
 
 import json
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -27,12 +31,15 @@ from tbox.sim.broker import find_mosquitto, start_broker
 from tbox.sim.layout import ISOLATION_REQUEST_ID
 from tbox.uplink.receive import Receiver
 from tbox.uplink.session import UplinkSettings
+from tests.bench import stand_in
+from tests.bench.bench_ingest import INTERFACE, SYSCALL_US, has_vcan, where
 from tests.bench.bench_spool import fill, open_spool, portions
 from tests.bench.harness import Result
-from tests.daemon import DBC, Daemon, Vehicle
+from tests.daemon import DBC, TBOX, Daemon, Vehicle
 
 RATES = ((10_000, 1 / 10), (1_340, 1 / 2))  # frames a second, share of the peer's CPU to reach
 SETTLE_S, MEASURE_S = 4.0, 8.0
+USER_MEASURE_S, CALLS_MEASURE_S = 20.0, 3.0
 RUNS = 3
 RSS_LIMIT_MIB = {10_000: 128, 1_340: 90}
 RING_S = 31.0  # the black box's ring is full after 30 s
@@ -54,6 +61,7 @@ def cases() -> Iterator[Result]:
     with tempfile.TemporaryDirectory(prefix="tbox-bench-") as place:
         for rate, share in RATES:
             yield from _load(Path(place) / f"load-{rate}", rate, share)
+        yield _socketcan(Path(place) / "socketcan")
         yield _latency(Path(place) / "latency")
         yield _age(Path(place) / "age")
 
@@ -68,8 +76,8 @@ def _load(place: Path, rate: int, share: float) -> Iterator[Result]:
             time.sleep(RING_S if run == 0 else SETTLE_S)
             ours.append(_cpu_share(pid))
             rss = max(rss, _rss_mib(pid))
-        bus = here / "peer"
-        with _peer(bus) as peer, _vehicle(f"tbox:{bus}", rate):
+        bus = f"tbox:{here / 'peer'}"
+        with _peer(bus) as peer, _vehicle(bus, rate):
             time.sleep(SETTLE_S)
             peers.append(_cpu_share(peer.pid))
     ratio = statistics.median(b / a for a, b in zip(ours, peers, strict=True))
@@ -83,6 +91,69 @@ def _load(place: Path, rate: int, share: float) -> Iterator[Result]:
         bench="agent", case=f"memory at {rate} frames/s, ring full", value=rss, unit="MiB RSS",
         goal=f"<= {RSS_LIMIT_MIB[rate]}", ok=rss <= RSS_LIMIT_MIB[rate],
     )  # fmt: skip
+
+
+def _socketcan(place: Path) -> Result:
+    """User-mode time plus SYSCALL_US for each system call, of the whole process, both on SocketCAN."""
+    url, receive, send = f"socketcan:{INTERFACE}", [sys.executable], [sys.executable]
+    if not has_vcan():
+        url = f"socketcan:{stand_in.INTERFACE}"
+        receive = [sys.executable, stand_in.__file__, str(_free_port()), "receive"]
+        send = [*receive[:-1], "send"]
+    tbox = ["-m", "tbox"] if has_vcan() else ["tbox"]
+    ours, peers = [], []
+    for run in range(RUNS):
+        here = place / str(run)
+        here.mkdir(parents=True)
+        with (
+            _daemon(here, bus_url=url, command=[*receive, *tbox]) as daemon,
+            _vehicle(url, RATES[0][0], [*send, *tbox]),
+        ):
+            time.sleep(SETTLE_S)
+            ours.append(_user_share(daemon.pid))
+        with _peer(url, receive) as peer, _vehicle(url, RATES[0][0], [*send, *tbox]):
+            time.sleep(SETTLE_S)
+            peers.append(_user_share(peer.pid))
+    ratio = statistics.median(b / a for a, b in zip(ours, peers, strict=True))
+    return Result(
+        bench="agent", case=f"user-mode time and system calls at {RATES[0][0]} frames/s on SocketCAN",
+        value=100 * statistics.median(ours), unit="% of a core",
+        peer="Notifier + cantools + JSON", peer_value=100 * statistics.median(peers), ratio=ratio,
+        goal=f"<= {RATES[0][1]:g} of it", ok=ratio >= 1 / RATES[0][1],
+        note=f"{where()}; plus {SYSCALL_US} us for each system call",
+    )  # fmt: skip
+
+
+def _user_share(pid: int) -> float:
+    """Return the share of a core that user mode takes over the next seconds, its system calls added."""
+    begin, began, at = _user_ticks(pid), _cpu_s(pid), time.monotonic()
+    time.sleep(USER_MEASURE_S)
+    user, system = (b - a for a, b in zip(begin, _user_ticks(pid), strict=True))
+    share = (_cpu_s(pid) - began) / (time.monotonic() - at) * user / max(1, user + system)
+    return share + _calls_per_s(pid) * SYSCALL_US / 1e6
+
+
+def _user_ticks(pid: int) -> tuple[int, int]:
+    """Return ticks in user mode and in the kernel: their share is sampled, their sum comes from schedstat."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]), int(fields[12])
+
+
+def _calls_per_s(pid: int) -> float:
+    command = ["strace", "-f", "-qq", "-c", "-U", "calls,name", "-p", str(pid)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        time.sleep(CALLS_MEASURE_S)
+        strace.send_signal(signal.SIGINT)
+        _, counts = strace.communicate()
+    totals = [line.split() for line in counts.splitlines() if line.split()[1:] == ["total"]]
+    return int(totals[-1][0]) / CALLS_MEASURE_S
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+    return port
 
 
 def _latency(place: Path) -> Result:
@@ -234,20 +305,25 @@ def _round(bus: LocalBus, probe: int) -> float | None:
 
 
 @contextmanager
-def _daemon(place: Path, rules: str = "", bus: str = "", more: str = "") -> Iterator[Daemon]:
+def _daemon(
+    place: Path, rules: str = "", bus: str = "", more: str = "", bus_url: str = "",
+    command: Sequence[str] = TBOX,
+) -> Iterator[Daemon]:  # fmt: skip
     with ExitStack() as stack:
         broker = start_broker(str(place / "broker"), embedded=find_mosquitto() is None)
         stack.callback(broker.stop)
         more = f'[edge.isolation]\nmode = "send"\n{more}'
-        daemon = Daemon(place, broker.port, bus=bus, more=more, mqtt=broker.mqtt)
+        daemon = Daemon(
+            place, broker.port, bus=bus, more=more, mqtt=broker.mqtt, bus_url=bus_url, command=command
+        )
         (place / "rules.toml").write_text(rules)
         stack.callback(daemon.end)
         yield daemon.start()
 
 
 @contextmanager
-def _vehicle(url: str, rate: int, *more: str) -> Iterator[None]:
-    vehicle = Vehicle(url, "--rate", str(rate), *more)
+def _vehicle(url: str, rate: int, command: Sequence[str] = TBOX) -> Iterator[None]:
+    vehicle = Vehicle(url, "--rate", str(rate), command=command)
     try:
         yield
     finally:
@@ -255,9 +331,9 @@ def _vehicle(url: str, rate: int, *more: str) -> Iterator[None]:
 
 
 @contextmanager
-def _peer(bus: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _peer(bus_url: str, launcher: Sequence[str] = (sys.executable,)) -> Iterator[subprocess.Popen[bytes]]:
     script = str(Path(__file__).with_name("peer_pipeline.py"))
-    process = subprocess.Popen([sys.executable, script, str(bus), *DBC_FILES], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*launcher, script, bus_url, *DBC_FILES], stdout=subprocess.DEVNULL)
     try:
         yield process
     finally:

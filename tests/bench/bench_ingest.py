@@ -37,6 +37,8 @@ from tbox.bus.socketcan import (
 from tbox.bus.spec import BusSpec
 from tbox.model import FRAME_DTYPE
 from tests.bench.harness import Result, interleaved
+from tests.bench.stand_in import INTERFACE as STAND_IN_INTERFACE
+from tests.bench.stand_in import StandIn
 
 log.set_up("warning")  # standard output is for the figures
 
@@ -53,23 +55,6 @@ RUNS = 5
 STALL_S = 0.2
 STALL_SECONDS = 2
 TIMEOUT_S = 600.0
-
-
-class StandIn(socket.socket):
-    """A UDP socket on the loopback that takes itself for a CAN socket, where the kernel has none."""
-
-    address: tuple[str, int]
-
-    def __init__(self, *_can: Any) -> None:
-        super().__init__(socket.AF_INET, socket.SOCK_DGRAM)
-
-    def setsockopt(self, level: int, *rest: Any) -> None:
-        if level != SOL_CAN_RAW:
-            super().setsockopt(level, *rest)
-
-    def bind(self, _interface: Any) -> None:
-        super().bind(("127.0.0.1", 0))
-        StandIn.address = self.getsockname()
 
 
 class Flood:
@@ -130,7 +115,8 @@ def can_sockets() -> Iterator[str]:
         yield INTERFACE
         return
     with mock.patch.object(socket, "socket", StandIn):
-        yield "lo"
+        StandIn.address = ("127.0.0.1", 0)
+        yield STAND_IN_INTERFACE
 
 
 # --- the three ways to read -----------------------------------------------------------------------------

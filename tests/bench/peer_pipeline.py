@@ -15,7 +15,7 @@ import can
 import cantools.database
 
 
-def main(channel: str, *dbc_files: str) -> None:
+def main(url: str, *dbc_files: str) -> None:
     database: Any = cantools.database.Database()
     for path in dbc_files:
         database.add_dbc_file(path)
@@ -27,7 +27,8 @@ def main(channel: str, *dbc_files: str) -> None:
         if message is not None:
             latest.update(message.decode(bytes(frame.data), decode_choices=False))
 
-    with can.Bus(interface="tbox", channel=channel, fd=True) as bus, can.Notifier(bus, [take]):
+    interface, _, channel = url.partition(":")
+    with can.Bus(interface=interface, channel=channel, fd=True) as bus, can.Notifier(bus, [take]):
         while True:
             time.sleep(1.0)
             print(json.dumps({"t": time.time(), **dict(latest)}), flush=True)

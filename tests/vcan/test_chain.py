@@ -28,9 +28,7 @@ def test_the_whole_chain_on_vcan0_is_complete(
 ) -> None:
     needs("mosquitto")
     broker = stack.enter_context(MosquittoBroker(str(tmp_path / "broker")).start())
-    daemon = Daemon(tmp_path, broker.port)
-    text = daemon.config.read_text().replace('interface = "tbox"', 'interface = "socketcan"')
-    daemon.config.write_text(text.replace(f'channel = "{tmp_path / "bus"}"', f'channel = "{INTERFACE}"'))
+    daemon = Daemon(tmp_path, broker.port, bus_url=f"socketcan:{INTERFACE}")
     stack.callback(daemon.end)
     verify = subprocess.Popen(
         [*TBOX, "verify", "--broker", f"127.0.0.1:{broker.port}", "--vehicle", "car", "--until-stop"],
