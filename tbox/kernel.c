@@ -132,12 +132,9 @@ static inline int64_t raw_of(const Row *row, const uint8_t *frame)
     return (int64_t)((bits_of(row, frame) ^ row->half) - row->half);
 }
 
-static bool rows_lie_in_a_frame(const Row *row, int64_t rows)
+static inline bool lies_in_a_frame(const Row *row)
 {
-    bool all = true;
-    for (int64_t i = 0; i < rows; i++)
-        all &= row[i].byte <= LAST_WORD_AT && row[i].shift < 64;
-    return inside_of("row", all);
+    return (row->byte <= LAST_WORD_AT && row->shift < 64) || inside_of("row", false);
 }
 
 /* Whether a plan's rows are in the table and fit the room that is left; sets the error where not. */
@@ -168,8 +165,7 @@ static PyObject *plans(PyObject *self, PyObject *const *args, Py_ssize_t given)
     int64_t samples = 0, unknown = 0, malformed = 0, shorts = 0;
     int needs = 0;
     PyObject *result = NULL;
-    if (!holds(&a, 2, ids, 8) || !holds(&a, 6, frames, 8) || !holds(&a, 7, frames, 1) ||
-        !rows_lie_in_a_frame(row, rows))
+    if (!holds(&a, 2, ids, 8) || !holds(&a, 6, frames, 8) || !holds(&a, 7, frames, 1))
         goto done;
     for (int64_t i = 0; i < frames; i++, frame += FRAME_BYTES) {
         uint32_t id;
@@ -179,7 +175,7 @@ static PyObject *plans(PyObject *self, PyObject *const *args, Py_ssize_t given)
             if (!inside_of("plan", in(p, size) && turns < size)) goto done;
             int64_t selector = table[p].selector_row;
             if (selector < 0) break;
-            if (!inside_of("selector", selector < rows)) goto done;
+            if (!inside_of("selector", selector < rows) || !lies_in_a_frame(row + selector)) goto done;
             if (row[selector].need_bytes > frame[LENGTH_AT]) break;
             uint64_t value = bits_of(row + selector, frame), last = (uint64_t)(int64_t)table[p].selector_size;
             int64_t target = table[p].selector_base + (int64_t)(value < last ? value : last);
@@ -220,8 +216,7 @@ static PyObject *decode(PyObject *self, PyObject *const *args, Py_ssize_t given)
     int64_t frames = a.view[0].len / FRAME_BYTES, room = ITEMS(double, 5), k = 0;
     bool outside = false;
     PyObject *result = NULL;
-    if (!holds(&a, 1, frames, 8) || !holds(&a, 2, frames, 8) || !holds(&a, 6, room, 8) || !holds(&a, 7, room, 8) ||
-        !rows_lie_in_a_frame(rows, ITEMS(Row, 4)))
+    if (!holds(&a, 1, frames, 8) || !holds(&a, 2, frames, 8) || !holds(&a, 6, room, 8) || !holds(&a, 7, room, 8))
         goto done;
     for (int64_t i = 0; i < frames; i++, frame += FRAME_BYTES) {
         if (!inside_of("plan", in(plan[i], ITEMS(Plan, 3)))) goto done;
@@ -229,6 +224,7 @@ static PyObject *decode(PyObject *self, PyObject *const *args, Py_ssize_t given)
         if (!fits(one, ITEMS(Row, 4), room - k)) goto done;
         for (const Row *row = rows + one->start, *end = row + one->count; row < end; row++) {
             if (row->need_bytes > frame[LENGTH_AT]) continue;
+            if (!lies_in_a_frame(row)) goto done;
             int64_t raw = raw_of(row, frame);
             outside |= (uint64_t)raw - (uint64_t)row->low > row->span;
             double value = (double)raw * row->scale;
@@ -258,8 +254,7 @@ static PyObject *details(PyObject *self, PyObject *const *args, Py_ssize_t given
     int64_t *frame_out = ARRAY(int64_t, 4), *row_out = ARRAY(int64_t, 5), *raw_out = ARRAY(int64_t, 6);
     int64_t frames = a.view[0].len / FRAME_BYTES, room = ITEMS(int64_t, 4), k = 0;
     PyObject *result = NULL;
-    if (!holds(&a, 1, frames, 8) || !holds(&a, 5, room, 8) || !holds(&a, 6, room, 8) ||
-        !rows_lie_in_a_frame(rows, ITEMS(Row, 3)))
+    if (!holds(&a, 1, frames, 8) || !holds(&a, 5, room, 8) || !holds(&a, 6, room, 8))
         goto done;
     for (int64_t i = 0; i < frames; i++, frame += FRAME_BYTES) {
         if (!inside_of("plan", in(plan[i], ITEMS(Plan, 2)))) goto done;
@@ -267,6 +262,7 @@ static PyObject *details(PyObject *self, PyObject *const *args, Py_ssize_t given
         if (!fits(one, ITEMS(Row, 3), room - k)) goto done;
         for (int64_t n = one->start; n < one->start + one->count; n++) {
             if (rows[n].need_bytes > frame[LENGTH_AT]) continue;
+            if (!lies_in_a_frame(rows + n)) goto done;
             frame_out[k] = i;
             row_out[k] = n;
             raw_out[k++] = raw_of(rows + n, frame);
