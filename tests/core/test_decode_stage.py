@@ -262,6 +262,7 @@ def test_eight_thousand_signals_decode_as_in_cantools_in_little_memory(tmp_path:
     assert held_bytes - built_bytes < 1 << 20, "nothing grows with the frames"
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2_000), st.floats(0.0, 1.0))
 def test_the_look_ahead_misses_no_reading_past_a_limit_and_counts_nothing(at_ms: int, share: float) -> None:
