@@ -95,11 +95,10 @@ class FrameGuard:
     def _judge_compiled(
         self, work: kernel.Kernel, batch: FrameBatch, decoded: Decoded
     ) -> npt.NDArray[np.uint8] | None:
-        frames = np.ascontiguousarray(batch.frames).view(np.uint8)
         code = np.empty(len(batch), np.uint8)
         fields, crc = self._fields, self._crc_table
         refused, lost = work.guard(
-            frames, batch.t_ns, decoded.plan, decoded.short, self._of_plan, fields.byte, fields.shift,
+            batch.frames.view(np.uint8), batch.t_ns, decoded.plan, decoded.short, self._of_plan, fields.byte, fields.shift,
             fields.mask, fields.big, crc.base, crc.table, crc.constant, self._has_crc, self._has_counter,
             self._modulo, self._last, self._last_ns, self._last_payload, self._lost, code, self._gap_ns,
         )  # fmt: skip

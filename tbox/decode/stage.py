@@ -59,6 +59,7 @@ class DecodeStage:
     def step(self, now: Now, batch: FrameBatch) -> SampleBatch:
         """Decode and judge one batch. Never raises for what the frames hold."""
         n = len(batch)
+        batch = _side_by_side(batch)
         decoded = self._decoder.decode(batch.channel, batch.frames, batch.t_ns)
         if decoded.fallback:
             decoded = self._merge(batch, decoded)
@@ -152,6 +153,14 @@ class DecodeStage:
         values = np.array(value, np.float64) * self._factor.take(column) + self._offset.take(column)
         raw = self._decoder.raw(batch.frames, frames, rows_)
         return _interleave(batch, decoded, Details(frames, rows_, raw), values, column)
+
+
+def _side_by_side(batch: FrameBatch) -> FrameBatch:
+    """Return the batch with its arrays in one piece each, as the kernel wants them; as a rule they are."""
+    if batch.frames.flags.c_contiguous and batch.t_ns.flags.c_contiguous:
+        return batch
+    frames, t_ns = np.ascontiguousarray(batch.frames), np.ascontiguousarray(batch.t_ns)
+    return FrameBatch(batch.channel, frames, t_ns)
 
 
 def _outcome(decoded: Decoded) -> Outcome:

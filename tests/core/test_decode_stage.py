@@ -151,6 +151,17 @@ def test_the_simulated_vehicle_decodes_whole_and_its_crcs_hold() -> None:
     )
 
 
+def test_frames_and_times_with_gaps_between_them_decode_as_in_one_piece() -> None:
+    batch = next(iter(Simulator(3).frames_until(500 * NS_PER_MS)))
+    wide, wide_ns = np.repeat(batch.frames, 2), np.repeat(batch.t_ns, 2)
+    apart = FrameBatch(batch.channel, wide[::2], wide_ns[::2])
+    expected = Chain(load_database(OWN)).stage.step(Now(0), batch)
+    got = Chain(load_database(OWN)).stage.step(Now(0), apart)
+    assert len(got) > 0
+    for name in ("t_ns", "column", "value", "validity"):
+        assert getattr(got, name).tobytes() == getattr(expected, name).tobytes()
+
+
 def test_values_that_only_cantools_can_say_stand_between_the_others_in_order() -> None:
     wide = [dbcs.Sig("A", 0, 64, False, False, "3", "1")]  # integers above 2^53: cantools' business
     plain = [dbcs.Sig("B", 0, 8, False, False, "1", "0")]
