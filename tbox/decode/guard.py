@@ -98,9 +98,10 @@ class FrameGuard:
         code = np.empty(len(batch), np.uint8)
         fields, crc = self._fields, self._crc_table
         refused, lost = work.guard(
-            batch.frames.view(np.uint8), batch.t_ns, decoded.plan, decoded.short, self._of_plan, fields.byte, fields.shift,
-            fields.mask, fields.big, crc.base, crc.table, crc.constant, self._has_crc, self._has_counter,
-            self._modulo, self._last, self._last_ns, self._last_payload, self._lost, code, self._gap_ns,
+            batch.frames.view(np.uint8), batch.t_ns, decoded.plan, decoded.short, self._of_plan, fields.byte,
+            fields.shift, fields.mask, fields.big, crc.base, crc.table, crc.constant, self._has_crc,
+            self._has_counter, self._modulo, self._last, self._last_ns, self._last_payload, self._lost, code,
+            self._gap_ns,
         )  # fmt: skip
         if lost:
             for message in where_(self._lost > 0).tolist():
